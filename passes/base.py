@@ -1,0 +1,98 @@
+"""Passes, plan entries, refusals, and the runner that keeps their history."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import nn
+
+from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.ledger import Ledger
+from rewriter.runtime.rule import Rule
+from rewriter.runtime.segment import Segment as RuntimeSegment
+
+from .program import Program, Region
+from .targets import Target
+
+log = logging.getLogger("rewriter.passes")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A pass declines: at which node or block, why, and what would help. what: in place of "... does not apply"."""
+
+    node: str
+    reason: str
+    remedy: str
+    what: str = ""
+
+
+class Pass(ABC):
+    """Program -> Program, or a reasoned refusal. Subclasses are frozen dataclasses whose fields are the options."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, program: Program) -> Program | Refused: ...
+
+
+class Entry(Pass):
+    """A plan entry: says for a part of the model where its gradient comes from.
+
+    `target` is its first field. `wholes(model)` names the modules that capture must keep as one node; `rule(...)`
+    builds what runs. Entries print as the text that makes them, and `Plan` reads that text back.
+    """
+
+    target: Target
+
+    def wholes(self, model: nn.Module) -> frozenset[str]:
+        """Qualified names of modules that the entry needs as single nodes."""
+        return frozenset()
+
+    @abstractmethod
+    def rule(self, program: Program, region: Region, segment: RuntimeSegment, ledger: Ledger) -> Rule: ...
+
+    def __str__(self) -> str:
+        first, *rest = fields(self)  # type: ignore[arg-type]
+        shown = [repr(getattr(self, first.name))]
+        shown += [f"{f.name}={getattr(self, f.name)!r}" for f in rest if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the runner's history: a pass, the graph's text after it, its size, and how long it took."""
+
+    name: str
+    text: str
+    nodes: int
+    seconds: float
+    changed: bool
+
+
+def run(passes: Iterable[Pass], program: Program, history: list[Step] | None = None) -> tuple[Program, list[Step]]:
+    """Apply passes in order, verifying the program after each. Raises RewriteError on a refusal."""
+    history = [] if history is None else history
+    for each in passes:
+        start = time.perf_counter()
+        before = len(program.graph.nodes)
+        outcome = each.apply(program)
+        if isinstance(outcome, Refused):
+            what = outcome.what or f"{_label(each)} does not apply"
+            raise RewriteError(what, where=outcome.node, why=outcome.reason, remedy=outcome.remedy)
+        outcome.verify()
+        seconds = time.perf_counter() - start
+        count = len(outcome.graph.nodes)
+        history.append(Step(_label(each), str(outcome), count, seconds, outcome is not program))
+        log.debug("%s: %d -> %d nodes in %.1f ms", _label(each), before, count, 1e3 * seconds)
+        program = outcome
+    return program, history
+
+
+def _label(each: Any) -> str:
+    return str(each) if isinstance(each, Entry) else each.name

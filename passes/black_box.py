@@ -1,0 +1,160 @@
+"""`BlackBox`: the pullback of a part comes from finite-difference probes of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import fx, nn
+
+from rewriter.runtime.black_box import BlackBoxRule
+from rewriter.runtime.boxes import Box
+from rewriter.runtime.boxes.box_call import BoxCall, is_box_operator
+from rewriter.runtime.errors import RewriteError, RewriteWarning
+from rewriter.runtime.estimators.options import Options
+from rewriter.runtime.evaluator import Evaluator, ModuleEvaluator
+from rewriter.runtime.ledger import Ledger
+from rewriter.runtime.rule import Rule
+from rewriter.runtime.segment import Segment
+
+from .base import Entry, Refused
+from .program import Program, Region, Value
+from .regions import inputs_of, regions_at
+from .targets import Place, Target, resolve
+
+
+@dataclass(frozen=True)
+class BlackBox(Entry):
+    """Differentiate a box by probes, contracted per row with the cotangent of its output (zeroth order).
+
+    target: a box (`OnnxBox`, `CallableBox`) or any module without trainable parameters; rows in dimension 0.
+    probes: directions per row and backward; `probes` = width is exact up to the step's bias for smooth boxes.
+    directions: "orthogonal" (Haar), "rademacher", "gaussian" or "coordinate"; drawn independently for every row.
+    difference: "forward" reuses the y of the forward pass, one query per probe; "central" takes two.
+    step_size: in units of the input's running scale, or "auto": measured per box.
+    clip: "auto" clips each row of rough boxes at a running 90 % quantile of |g_i| / mean_j |v_j|; a number in (0, 1]
+        sets the quantile; None never clips.
+    reconstruction: "least_squares" (minimum norm, unbiased by width / probes) or "average".
+    input_scale: scale of the inputs (a number, or one per element of a row); None: their running standard deviation.
+    max_rows: rows per call of the box (memory); max_failed: share of failed queries above which backward raises.
+
+    Refuses modules with trainable parameters, random or batch-coupled modules, and values without rows in dimension 0.
+    Spall 1992 (SPSA); Nesterov and Spokoiny 2017; Chen et al. 2023 (DeepZero).
+    """
+
+    name: ClassVar[str] = "black-box"
+
+    target: Target
+    probes: int = 1
+    directions: str = "orthogonal"
+    difference: str = "forward"
+    step_size: float | str = "auto"
+    clip: float | str | None = "auto"
+    reconstruction: str = "least_squares"
+    input_scale: float | Sequence[float] | None = None
+    max_rows: int | None = None
+    max_failed: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._options()
+
+    def _options(self) -> Options:
+        chosen = {field.name: getattr(self, field.name) for field in fields(Options)}
+        return Options(**chosen)
+
+    def wholes(self, model: nn.Module) -> frozenset[str]:
+        return frozenset(place.module for place in resolve(self.target, model))
+
+    def apply(self, program: Program) -> Program | Refused:
+        regions: list[Region] = []
+        for place in resolve(self.target, program.model):
+            found = _unsuitable(place, program.module(place.module)) or regions_at(self, place, program)
+            if isinstance(found, Refused):
+                return found
+            if not isinstance(program.module(place.module), Box):
+                _warn_exact_is_free(self, place.module)
+            regions += found
+        for region in regions:
+            refused = _check_values(region, program)
+            if refused:
+                return refused
+        return program.with_(regions=(*program.regions, *regions))
+
+    def rule(self, program: Program, region: Region, segment: Segment, ledger: Ledger) -> Rule:
+        evaluator = _evaluator(program, region, segment)
+        return BlackBoxRule(evaluator, **vars(self._options()), ledger=ledger)
+
+
+def _unsuitable(place: Place, module: nn.Module) -> Refused | None:
+    where = place.module
+    if place.border:
+        return Refused(where, "BlackBox rules a module, not the value at its border", f"write the target as `{where}`")
+    if isinstance(module, Box):
+        return None
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if trained:
+        return Refused(
+            where,
+            f"it holds trainable parameters ({', '.join(trained[:3])}) that probes of its input do not reach",
+            "leave it to automatic differentiation, or freeze it with requires_grad_(False)",
+        )
+    for name, child in module.named_modules():
+        if child.training and isinstance(child, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            coupled = isinstance(child, nn.modules.batchnorm._BatchNorm)
+            reason = "couples the rows of a batch" if coupled else "draws random numbers at every evaluation"
+            return Refused(where, f"{name or 'it'} ({type(child).__name__}) {reason}", "put that part into eval()")
+    return None
+
+
+def _warn_exact_is_free(entry: BlackBox, module: str) -> None:
+    warnings.warn(
+        f"{entry}: {module} is an ordinary module; automatic differentiation of it is exact and needs no probes. "
+        "Take the entry out unless you mean to smooth it.",
+        RewriteWarning,
+        stacklevel=2,
+    )
+
+
+def _check_values(region: Region, program: Program) -> Refused | None:
+    """Differentiable values at the region's border need their rows in dimension 0."""
+    outputs = [name for name in region.owned if any(u.name not in region.owned for u in program.node(name).users)]
+    for name in (*(node.name for node in inputs_of(program, region)), *outputs):
+        value = program.values.get(name)
+        if not isinstance(value, Value) or not value.dtype.is_floating_point or value.rows is None:
+            continue
+        if value.rows.dimension != 0:
+            return Refused(
+                f"{region.name}: {name}",
+                f"the rows of a value {list(value.shape)} lie in dimension {value.rows.dimension}",
+                "transpose it so that rows come first, inside the model, before the box",
+            )
+    return None
+
+
+def _evaluator(program: Program, region: Region, segment: Segment) -> Evaluator:
+    module = program.module(region.target)
+    if not isinstance(module, Box):
+        return ModuleEvaluator(segment, region.name)
+    inputs = inputs_of(program, region)
+    calls = [program.node(name) for name in region.owned]
+    arguments = next(found for found in map(_box_arguments, calls) if found is not None)
+    if not all(isinstance(argument, fx.Node) for argument in arguments):
+        raise RewriteError(
+            "a box was called with a constant argument",
+            where=region.name,
+            why="its queries are built from the tensors the graph passes to it",
+            remedy="pass a tensor (a buffer, say), or bind the constant when the box is made",
+        )
+    positions = tuple(inputs.index(argument) for argument in arguments)
+    return module if positions == tuple(range(len(inputs))) else BoxCall(module, positions)
+
+
+def _box_arguments(node: fx.Node) -> tuple[Any, ...] | None:
+    """The arguments of a box's call: of its module in an fx graph, of its operator in an exported one."""
+    if node.op == "call_module":
+        return (*node.args, *node.kwargs.values())
+    if node.op == "call_function" and is_box_operator(node.target):
+        return tuple(node.args[1])  # type: ignore[arg-type]
+    return None

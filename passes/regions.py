@@ -1,0 +1,81 @@
+"""From a target's places to regions: which nodes of the graph one call of a module is."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from .base import Entry, Refused
+from .program import Program, Region
+from .targets import Place
+
+
+def regions_at(entry: Entry, place: Place, program: Program) -> list[Region] | Refused:
+    """One region per call of the module at `place`; named after the module, with `@k` from the second call on."""
+    hooked = _hooked(program.module(place.module))
+    if hooked is not None:
+        return Refused(
+            f"{place.module}.{hooked}".rstrip("."),
+            "it has hooks (or is wrapped by FSDP or holds a DTensor), and a region runs its operations elsewhere",
+            "take the hooks off inside the region, or put them on a module outside it",
+        )
+    calls: dict[int, list[str]] = {}
+    for node in program.graph.nodes:
+        for name, index in node.meta.get("block", ()):
+            if name == place.module and node.op != "placeholder":
+                calls.setdefault(index, []).append(node.name)
+    if not calls:
+        return _unseen(place, program)
+    if place.call is not None and place.call not in calls:
+        return Refused(
+            place.module, f"it is called {len(calls)} times; there is no call {place.call}", "calls count from 0"
+        )
+    wanted = sorted(calls) if place.call is None else [place.call]
+    return [
+        Region(
+            place.module if index == 0 else f"{place.module}@{index}",
+            entry,
+            place.module,
+            _with_items(program, calls[index]),
+        )
+        for index in wanted
+    ]
+
+
+def inputs_of(program: Program, region: Region) -> list[fx.Node]:
+    """The distinct nodes that a region reads from outside, in the order its partitioned submodule takes them."""
+    owned = set(region.owned)
+    nodes = [program.node(name) for name in region.owned]
+    return list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source.name not in owned))
+
+
+def _hooked(module: nn.Module) -> str | None:
+    """The name of the first part that has hooks or is spread over devices, or None."""
+    for name, part in module.named_modules():
+        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        spread = any(type(parameter).__name__ == "DTensor" for parameter in part.parameters(recurse=False))
+        if any(hooks) or spread or "FSDP" in type(part).__name__ or "FullySharded" in type(part).__name__:
+            return name
+    return None
+
+
+def _unseen(place: Place, program: Program) -> Refused:
+    around = [name for name in program.opaque if place.module.startswith(f"{name}.")]
+    if around:
+        return Refused(
+            place.module,
+            f"it lies inside {around[0]}, which stays whole: {program.opaque[around[0]]}",
+            f"name {around[0]} instead, or change what keeps it whole",
+        )
+    return Refused(
+        place.module, "the model's forward does not call it on this example", "check the name against the forward"
+    )
+
+
+def _with_items(program: Program, names: list[str]) -> tuple[str, ...]:
+    """The nodes of one call and, where its output is a tuple, the reads of its items."""
+    owned = set(names)
+    for node in program.graph.nodes:
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and source.name in owned and getattr(node.target, "__name__", "") == "getitem":
+            owned.add(node.name)
+    return tuple(node.name for node in program.graph.nodes if node.name in owned)

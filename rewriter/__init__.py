@@ -1,0 +1,22 @@
+"""Says where each gradient of a PyTorch model comes from."""
+
+from rewriter.passes.black_box import BlackBox
+from rewriter.runtime.boxes import Box, CallableBox, OnnxBox
+from rewriter.runtime.errors import BoxError, RewriteError, RewriteWarning
+
+from .plan import Plan
+from .rewrite import rewrite
+from .rewritten import Rewritten
+
+__all__ = [
+    "BlackBox",
+    "Box",
+    "BoxError",
+    "CallableBox",
+    "OnnxBox",
+    "Plan",
+    "RewriteError",
+    "RewriteWarning",
+    "Rewritten",
+    "rewrite",
+]

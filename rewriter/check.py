@@ -1,0 +1,215 @@
+"""`step.check(...)`: one batch, every region's gradient against the best reference there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rewriter.runtime.black_box import BlackBoxRule
+from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.estimators.taylor import remainder_order
+from rewriter.runtime.evaluator import ModuleEvaluator
+from rewriter.runtime.region import Region
+from rewriter.runtime.rule import Call, Gradients, Rule, Taken
+from rewriter.runtime.segment import Segment
+
+from .shadow import preserved
+from .signature import flatten
+
+if TYPE_CHECKING:
+    from .rewritten import Rewritten
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of an estimate with its reference: cosine, and slope <estimate, reference> / <reference, reference>."""
+
+    cosine: float
+    slope: float
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> Agreement:
+        estimate = reference = product = 0.0
+        for left, right in pairs:
+            if left is None or right is None:
+                continue
+            a, b = left.detach().double().flatten(), right.detach().double().flatten()
+            estimate, reference = estimate + float(a @ a), reference + float(b @ b)
+            product += float(a @ b)
+        if estimate == 0 or reference == 0:
+            return cls(1.0 if estimate == reference else 0.0, 1.0 if estimate == reference else 0.0)
+        return cls(product / (estimate * reference) ** 0.5, product / reference)
+
+    def __str__(self) -> str:
+        return f"cosine {self.cosine:6.3f}  slope {self.slope:6.3f}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One region. reference: what it was compared with; order: of the Taylor remainder of the reference, None where
+    autograd is the reference; verdict: in words."""
+
+    region: str
+    reference: str
+    inputs: Agreement
+    order: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """`str(report)` is the table. parameters: all trainable parameters, estimate against reference."""
+
+    regions: tuple[Checked, ...]
+    parameters: Agreement
+
+    def __str__(self) -> str:
+        lines = []
+        for each in self.regions:
+            lines.append(f"{each.region}: gradient of its inputs  {each.inputs}  (reference: {each.reference})")
+            lines.append(f"  {each.verdict}")
+        lines.append(f"parameters of the model:  {self.parameters}")
+        return "\n".join(lines)
+
+
+def check(step: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Report:
+    """Run one training forward and two backwards: with every rule's own gradient, and with the references.
+
+    Learnt state, counters, buffers, `.grad` and random states are as before afterwards; the queries stay in the ledger.
+    Raises RewriteError in eval mode, where there is nothing to check.
+    """
+    if not step.training:
+        raise RewriteError("check() needs the training mode", remedy="call step.train() first")
+    with torch.enable_grad(), preserved(step.model):
+        variant, _ = step._variant(args, kwargs)
+        regions, segments = variant.emitted.regions, variant.emitted.segments
+        by_region = {s.region: segments[s.name] for s in variant.program.segments if s.region}
+        with _spied(step, regions, by_region) as spies:
+            loss = step(*args, target=target, **kwargs) if target is not None else step(*args, **kwargs)
+            root = _scalar(loss)
+            parameters = [p for p in step.parameters() if p.requires_grad]
+            if not parameters or not root.requires_grad:
+                raise RewriteError("check() found nothing to differentiate", remedy="unfreeze a parameter")
+            estimate = torch.autograd.grad(root, parameters, retain_graph=True, allow_unused=True)
+            for spy in spies.values():
+                spy.answers = True
+            reference = torch.autograd.grad(root, parameters, allow_unused=True)
+        found = tuple(spy.checked(name) for name, spy in spies.items() if spy.seen)
+    return Report(found, Agreement.of(zip(estimate, reference, strict=True)))
+
+
+def _scalar(output: Any) -> Tensor:
+    """The loss itself, or a fixed random projection of an output that is no scalar."""
+    tensors = [t for t in flatten(output)[0] if t.is_floating_point() and t.requires_grad]
+    if len(tensors) == 1 and tensors[0].numel() == 1:
+        return tensors[0].sum()
+    generator = torch.Generator().manual_seed(0)
+    terms = [(t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in tensors]
+    return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros(())
+
+
+@contextmanager
+def _spied(step: Rewritten, regions: Any, segments: dict[str, Segment]) -> Iterator[dict[str, _Spy]]:
+    """Every region's rule watched, and everything it learns meanwhile forgotten."""
+    clock = step._clock.forward
+    states = {name: region.rule.get_state() for name, region in regions.items()}
+    spies = {name: _Spy(region.rule, segments[name]) for name, region in regions.items()}
+    watched: dict[str, Region] = dict(regions)
+    for name, region in watched.items():
+        region.rule = spies[name]
+    try:
+        yield spies
+    finally:
+        step._clock.forward = clock
+        for name, region in watched.items():
+            region.rule = spies[name].rule
+            region.rule.set_state(states[name])
+
+
+@dataclass
+class _Seen:
+    call: Call
+    inputs: tuple[Any, ...]
+    cotangents: Gradients
+    estimate: Gradients
+    reference: Gradients = ()
+    order: float | None = None
+
+
+@dataclass
+class _Spy:
+    """Stands in for a rule: first lets it answer, then answers with the reference."""
+
+    rule: Rule
+    segment: Segment
+    answers: bool = False
+    inputs: tuple[Any, ...] = ()
+    seen: list[_Seen] = field(default_factory=list)
+
+    def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
+        self.inputs = inputs
+        return self.rule.forward(call, inputs, parameters)
+
+    def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
+        if not self.answers:
+            estimate = self.rule.backward(call, taken, cotangents, needed)
+            self.seen.append(_Seen(call, self.inputs, cotangents, estimate))
+            return estimate
+        seen = self.seen[0]
+        if isinstance(self.rule, BlackBoxRule) and not isinstance(self.rule.evaluator, ModuleEvaluator):
+            seen.reference = self.rule.exact(call, taken, cotangents, needed)
+            seen.order = remainder_order(self.rule, call, self.inputs, cotangents, seen.reference)
+        else:
+            seen.reference = _autograd(self.segment, self.inputs, cotangents, needed)
+        return seen.reference
+
+    def checked(self, name: str) -> Checked:
+        seen = self.seen[0]
+        agreement = Agreement.of(zip(seen.estimate, seen.reference, strict=True))
+        if seen.order is None:
+            return Checked(name, "autograd", agreement, None, "compared with automatic differentiation")
+        kind = self.rule.describe()["kind"]
+        return Checked(name, "every coordinate", agreement, seen.order, _verdict(kind, seen.order))
+
+    def describe(self) -> dict[str, Any]:
+        return self.rule.describe()
+
+    def get_state(self) -> dict[str, Any]:
+        return self.rule.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.rule.set_state(state)
+
+
+def _verdict(kind: str, order: float) -> str:
+    if kind in ("piecewise-constant", "rough"):
+        return (
+            f"the box looks {kind}: it has no derivative to test; the reference is the gradient smoothed over the step"
+        )
+    if order >= 1.5:
+        return f"Taylor remainder of order {order:.1f}: the reference is the derivative of the box"
+    return (
+        f"Taylor remainder of order {order:.1f}, not 2: the reference is NOT the derivative of the box "
+        "(noise, a kink, or a step of the wrong size); try difference='central' or set step_size"
+    )
+
+
+def _autograd(segment: Segment, inputs: tuple[Any, ...], cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
+    """The exact vjp of a segment; parameters of the region follow the inputs, as its bridge orders them."""
+    with torch.enable_grad():
+        aliases = tuple(
+            value.detach().requires_grad_() if need else value for value, need in zip(inputs, needed, strict=False)
+        )
+        outputs = segment.run(aliases)
+        sources = [*(a for a, need in zip(aliases, needed, strict=False) if need), *segment.trainable()]
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        if not pairs:
+            return tuple(None for _ in needed)
+        ends, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ends, sources, given, allow_unused=True))
+    return tuple(next(found) if need else None for need in needed)

@@ -1,0 +1,83 @@
+"""`step.explain()`: where every gradient comes from, what it costs, and what it is worth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rewriter.passes.program import Cost, Program, Region, Value
+from rewriter.passes.regions import inputs_of
+from rewriter.runtime.boxes import Box
+
+if TYPE_CHECKING:
+    from .rewritten import Rewritten
+
+
+def explain(step: Rewritten) -> str:
+    """One paragraph per region, one for the rest. Raises RewriteError before the first capture."""
+    variant = step.latest
+    program = variant.program
+    parts = [_head(step)]
+    parts += [_region(region, step) for region in program.regions]
+    parts.append(_rest(program))
+    return "\n".join(parts)
+
+
+def _head(step: Rewritten) -> str:
+    captured = step.latest.captured
+    lines = [f"{type(step.model).__name__}, captured by {captured.front_end}"]
+    lines += [f"  {name} stays whole: {reason}" for name, reason in sorted(captured.opaque.items())]
+    lines += [f"  {note}" for note in captured.notes]
+    return "\n".join(lines)
+
+
+def _region(region: Region, step: Rewritten) -> str:
+    program = step.latest.program
+    facts = step._rules[region.name].describe()
+    lines = [f"{region.name}: {facts['rule']} ({region.entry})"]
+    values = [program.values.get(node.name) for node in inputs_of(program, region)]
+    shown = ", ".join(str(value) for value in values if isinstance(value, Value))
+    lines.append(f"  inputs: {shown}")
+    if facts["rule"] == "black-box":
+        lines += _black_box(facts, isinstance(program.module(region.target), Box), _width(values))
+    counts = step.ledger[region.name]
+    lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
+    return "\n".join(lines)
+
+
+def _width(values: list[Any]) -> int:
+    return sum(value.width for value in values if isinstance(value, Value) and value.dtype.is_floating_point)
+
+
+def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
+    probes, measured = facts["probes"], facts["measured_cosine"]
+    lines = [f"  {probes} {facts['directions']} probe(s) per row of width {width}, {facts['difference']} difference"]
+    if facts["step_size"] is None:
+        lines.append("  step size: not measured yet (the first backward does)")
+    else:
+        lines.append(
+            f"  step size: {facts['step_size']:.3g} of the input scale, {facts['absolute_step']:.3g} in its units; "
+            f"the box looks {facts['kind']}"
+        )
+        lines.append(
+            f"  row cosine: predicted {facts['predicted_cosine']:.2f}, "
+            f"measured {'not yet' if measured is None else f'{measured:.2f}'}; left out: {facts['bias']}"
+        )
+        lines.append(f"  cost: {facts['rows_per_backward']:,} queries per backward beside the forward's own")
+    if not is_box:
+        lines.append(
+            "  simpler: this is an ordinary module; without the entry its gradient is exact and costs no probes"
+        )
+    elif probes < width <= 4 * probes:
+        lines.append(
+            f"  simpler: probes={width} would be exact up to the step's bias, at {width / probes:.1f} x the queries"
+        )
+    return lines
+
+
+def _rest(program: Program) -> str:
+    exact = [segment for segment in program.segments if segment.region is None]
+    cost = sum((segment.cost for segment in exact), Cost())
+    return (
+        f"everything else: exact, on the ordinary tape, {len(exact)} segment(s), "
+        f"{cost.flops / 1e6:.3g} MFLOP forward, {cost.saved / 2**20:.3g} MiB kept for backward"
+    )

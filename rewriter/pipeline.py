@@ -1,0 +1,88 @@
+"""capture -> normalise -> annotate -> the plan's entries -> partition -> emit, for one call signature."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rewriter.passes.annotate import Annotate
+from rewriter.passes.base import Step, run
+from rewriter.passes.cover import Cover
+from rewriter.passes.emit import Emitted, emit
+from rewriter.passes.normalise import Normalise
+from rewriter.passes.partition import Partition
+from rewriter.passes.program import Program
+from rewriter.runtime.ambient import Ambient
+from rewriter.runtime.ledger import Ledger
+from rewriter.runtime.region import Clock
+
+from .capture import Capture, capture
+from .plan import Plan
+from .shadow import examples, preserved, trial_run
+from .state import Rules
+
+log = logging.getLogger("rewriter")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One captured call signature: the program, what each pass did to it, and the code that runs."""
+
+    captured: Capture
+    program: Program
+    history: tuple[Step, ...]
+    emitted: Emitted
+
+
+def build(
+    model: nn.Module,
+    plan: Plan,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    clock: Clock,
+    ledger: Ledger,
+    rules: Rules,
+) -> Variant:
+    """Capture the model for these arguments and emit what the plan says. The model is left as it was found."""
+    wholes = frozenset(name for entry in plan for name in entry.wholes(model))
+    captured = capture(model, args, kwargs, leaves=lambda module, name: name in wholes)
+    program = Program(model, captured.graph, captured.constants, opaque=captured.opaque)
+    first, second, batches = examples(model, args, kwargs, captured.guards)
+    with preserved(model), trial_run(), torch.enable_grad():
+        annotate = Annotate(first, second, batches)
+        program, history = run([Normalise(), annotate, *plan, Cover(), Partition()], program)
+    log.info(
+        "captured by %s in %.2f s: %d nodes, %d segments, %d regions",
+        captured.front_end,
+        captured.seconds,
+        len(program.graph.nodes),
+        len(program.segments),
+        len(program.regions),
+    )
+    return Variant(captured, program, tuple(history), emit(program, clock, ledger, rules))
+
+
+def undisturbed(make: Callable[[], Result]) -> Result:
+    """Run `make` without the caller's saved-tensor hooks (checkpoint, offloading) and outside any running backward.
+
+    Both are states of a thread, so a fresh thread is free of them; autocast is taken along.
+    """
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if not hooked and torch._C._current_graph_task_id() == -1:
+        return make()
+    ambient = Ambient.now()
+
+    def run() -> Result:
+        with ambient.enter(), torch.enable_grad():
+            return make()
+
+    with ThreadPoolExecutor(1) as fresh:
+        return fresh.submit(run).result()

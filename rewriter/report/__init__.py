@@ -1,0 +1,1 @@
+"""Program -> JSON (source of truth) -> DOT and SVG."""

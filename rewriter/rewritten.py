@@ -1,0 +1,234 @@
+"""The returned module: the user's model with its gradients taken from where the plan says."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewriter.passes.base import Step
+from rewriter.passes.partition import readable
+from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.ledger import Ledger
+from rewriter.runtime.region import Clock
+
+from .loss import Loss
+from .pipeline import Variant, build, undisturbed
+from .plan import Plan
+from .signature import signature
+from .state import Learnt, Rules
+
+log = logging.getLogger("rewriter")
+
+MAX_SIGNATURES = 8
+
+
+class Rewritten(nn.Module):
+    """A drop-in for the model: `loss = step(x, target=y); loss.backward()` runs the emitted schedule.
+
+    It shares the model's parameters and buffers (same objects, same names), holds the model unregistered as `.model`,
+    and lets unknown attributes fall through to it. `step(*args, target=y)` returns exactly what
+    `loss(model(*args), y)` returns in eager; without `target` (or without a loss) the model's output. In eval mode or
+    without gradients the user's own forward runs. Made by `rewriter.rewrite`.
+    """
+
+    model: nn.Module
+    plan: Plan
+    ledger: Ledger
+
+    def __init__(self, model: nn.Module, plan: Plan, loss: Loss | None, seed: int) -> None:
+        super().__init__()
+        clock, rules = Clock(seed), Rules()
+        state = self.__dict__
+        state["training"] = model.training
+        state["_parameters"] = model._parameters
+        state["_buffers"] = model._buffers
+        state["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
+        state["_modules"] = {**model._modules, "rewriter": Learnt(clock, rules)}
+        state.update(model=model, plan=plan, loss=loss, ledger=Ledger(), _clock=clock, _rules=rules)
+        self._reset()
+
+    def _reset(self) -> None:
+        """What is made again rather than copied or saved: captures, and the forward with the user's signature."""
+        self.__dict__["_variants"] = {}
+        self.__dict__["_latest"] = None
+        forward = functools.partial(type(self).forward, self)
+        forward.__signature__ = _signature(self.model, self.loss)  # type: ignore[attr-defined]
+        self.__dict__["forward"] = forward
+
+    @torch.compiler.disable  # a compiled caller breaks its graph here; the emitted code is its own graph
+    def forward(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
+        taped = self.training and torch.is_grad_enabled()
+        output = self._taped(args, kwargs) if taped else self.model(*args, **kwargs)
+        if self.loss is None:
+            if target is not None:
+                raise RewriteError(
+                    "a target was passed and there is no loss", remedy="rewrite(model, plan, loss=...) names the loss"
+                )
+            return output
+        if target is None and self.loss.takes_target:
+            return output
+        return self.loss(output, target)
+
+    def _taped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        variant, tensors = self._variant(args, kwargs)
+        self._clock.tick()
+        model = self.model
+        if not (model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks):
+            return variant.captured.rebuild(variant.emitted.function(*tensors))
+        # The root's own hooks belong to its __call__; lend it the emitted forward for this one call.
+        own = model.__dict__.get("forward")
+        model.__dict__["forward"] = self._emitted_forward
+        try:
+            return model(*args, **kwargs)
+        finally:
+            if own is None:
+                del model.__dict__["forward"]
+            else:
+                model.__dict__["forward"] = own
+
+    def _emitted_forward(self, *args: Any, **kwargs: Any) -> Any:
+        variant, tensors = self._variant(args, kwargs)
+        return variant.captured.rebuild(variant.emitted.function(*tensors))
+
+    def _variant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[torch.Tensor]]:
+        """The capture that holds for these arguments, made now if there is none."""
+        key, tensors = signature(args, kwargs)
+        candidates = self._variants.setdefault(key, [])
+        reason = None
+        for variant in candidates:
+            reason = variant.captured.guards.reason(self.model, tensors)
+            if reason is None:
+                self.__dict__["_latest"] = variant
+                return variant, tensors
+        if reason is not None:
+            log.warning("capturing anew: %s", reason)
+        if sum(map(len, self._variants.values())) >= MAX_SIGNATURES:
+            raise RewriteError(
+                f"more than {MAX_SIGNATURES} call signatures",
+                where=type(self.model).__name__,
+                why=reason or "each new dtype, rank, tree structure, None, flag or constant argument is one",
+                remedy="pass changing numbers as tensors, pad to few shapes, or call step.recapture() to start over",
+            )
+        variant = undisturbed(
+            lambda: build(
+                self.model, self.plan, args, kwargs, clock=self._clock, ledger=self.ledger, rules=self._rules
+            )
+        )
+        candidates.append(variant)
+        self.__dict__["_latest"] = variant
+        return variant, tensors
+
+    def capture(self, *args: Any, **kwargs: Any) -> None:
+        """Capture for these arguments now instead of at the first call."""
+        with torch.enable_grad():
+            self._variant(args, kwargs)
+
+    def recapture(self) -> None:
+        """Forget all captures; the next call captures anew. What the rules have learnt stays."""
+        self._variants.clear()
+        self.__dict__["_latest"] = None
+
+    @property
+    def latest(self) -> Variant:
+        """The capture used last. Raises RewriteError before there is one."""
+        variant = self._latest
+        if variant is None:
+            raise RewriteError(
+                "the model is not captured yet",
+                why="there was no call and no example",
+                remedy="rewrite(model, plan, example=(x,)), or call the step once",
+            )
+        assert isinstance(variant, Variant)
+        return variant
+
+    @property
+    def history(self) -> tuple[Step, ...]:
+        """What each pass did: the program's text, its size and the time, in order."""
+        return self.latest.history
+
+    def graph_module(self) -> torch.fx.GraphModule:
+        """A copy of the partitioned graph, to read and play with; it shares nothing with the model."""
+        return readable(self.latest.program)
+
+    def explain(self) -> str:
+        """Per region: rule, place, width, probes, step size, predicted quality, cost, and whether less would do."""
+        from .explain import explain
+
+        return explain(self)
+
+    def check(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
+        """Compare every region's gradient on one batch with autograd, or with a Taylor test where there is none."""
+        from .check import check
+
+        return check(self, args, kwargs, target)
+
+    def export(self, folder: str | Path) -> Path:
+        """Write program.json, program.dot (and .svg where `dot` is installed) and every segment as readable code."""
+        from .report.export import export
+
+        return export(self, folder)
+
+    def train(self, mode: bool = True) -> Rewritten:
+        self.model.train(mode)
+        self.__dict__["training"] = mode
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        state = self.__dict__
+        for owner in ("_parameters", "_buffers", "_modules"):
+            if owner in state and name in state[owner]:
+                return state[owner][name]
+        if "model" in state:
+            return getattr(state["model"], name)
+        raise AttributeError(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.model._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        own = f"{prefix}rewriter."  # the model does not know this child and would call its keys unexpected
+        theirs = {key: value for key, value in state_dict.items() if not key.startswith(own)}
+        self.model._load_from_state_dict(theirs, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for made_again in ("forward", "_variants", "_latest"):
+            state.pop(made_again, None)
+        # Rules hold evaluators and emitted code; their state waits for the next capture instead.
+        learnt = state["_modules"]["rewriter"].get_extra_state()
+        state["_modules"] = {name: module for name, module in state["_modules"].items() if name != "rewriter"}
+        state.update(_learnt=learnt, _clock=None, _rules=None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        learnt = state.pop("_learnt")
+        self.__dict__.update(state)
+        clock, rules = Clock(0), Rules()
+        own = Learnt(clock, rules)
+        own.set_extra_state(learnt)
+        self.__dict__.update(_clock=clock, _rules=rules)
+        self._modules["rewriter"] = own
+        self._reset()
+
+    def __repr__(self) -> str:
+        return f"Rewritten(\n  plan: {self.plan!r}\n  model: {self.model!r}\n)"
+
+
+def _signature(model: nn.Module, loss: Loss | None) -> inspect.Signature:
+    """The user's forward signature, plus `target` where the loss takes one."""
+    try:
+        own = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+    if loss is None or not loss.takes_target or "target" in own.parameters:
+        return own
+    parameters = list(own.parameters.values())
+    target = inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, default=None)
+    place = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+    return own.replace(parameters=[*parameters[:place], target, *parameters[place:]])

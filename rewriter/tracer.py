@@ -1,0 +1,366 @@
+"""The fx front end: runs the user's forward once on stand-ins and notices what a graph would silently lose."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Proxy, TraceError, TracerBase
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .leaves import LeafPredicate, why_leaf, why_not_root
+from .proxies import Held, HeldParameter, Input, Value, is_surely_tensor, kind_of
+from .signature import Tree, flatten
+from .untouched import Attributes, RandomState
+
+# Called with a stand-in among their sizes, these become nodes; fx alone would fail on them.
+_FACTORIES = tuple(
+    getattr(torch, name)
+    for name in (
+        "arange", "empty", "eye", "full", "linspace", "normal", "ones", "rand", "randint", "randn", "randperm",
+        "tril_indices", "triu_indices", "zeros",
+    )
+)  # fmt: skip
+_OUTSIDE = ("torch", "rewriter")
+
+
+class UnfitError(Exception):
+    """A front end cannot represent the model. where: the submodule ("" is the root)."""
+
+    def __init__(self, reason: str, where: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.where = reason, where
+
+
+@dataclass
+class Traced:
+    """What a front end hands back. `outputs` describes the values in the output node's first argument."""
+
+    graph: fx.Graph
+    outputs: Tree
+    constants: dict[str, Tensor]
+    inlined: dict[str, nn.Module]
+    opaque: dict[str, str] = field(default_factory=dict)
+    failed: frozenset[str] = frozenset()
+    fixed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
+
+
+class CaptureTracer(fx.Tracer):
+    """Traces a model into one flat graph over its own names.
+
+    A submodule that cannot be traced, or that does what a graph would lose, is rolled back and stays one call, with
+    the reason in `opaque`. Nodes carry meta["block"]: ((qualified name, call index), ...), outermost first, the root
+    left out; and meta["source"]: "file.py:line in function" of the user's code.
+    """
+
+    def __init__(self, model: nn.Module, leaves: LeafPredicate, fix_sizes: bool = False) -> None:
+        super().__init__(autowrap_modules=(math,), autowrap_functions=_FACTORIES)
+        self._autowrap_search.append(torch)
+        self.fix_sizes = fix_sizes
+        self.fixed_inputs: set[fx.Node] = set()
+        self.surely_tensors: set[fx.Node] = set()
+        self.opaque: dict[str, str] = {}
+        self.failed: set[str] = set()
+        self.inlined: dict[str, nn.Module] = {"": model}
+        self.constants: dict[str, Tensor] = {}
+        self._leaves = leaves
+        self._paths = {module: name for name, module in model.named_modules()}
+        self._held = names_of_tensors(model)
+        self._constant_names: dict[int, str] = {}
+        self._calls: Counter[str] = Counter()
+        self._block: tuple[tuple[str, int], ...] = ()
+        self._modes = _modes()
+
+    def capture(self, model: nn.Module, tree: Tree, tensors: list[Tensor], names: list[str]) -> Traced:
+        """Traces model(*args, **kwargs), where tree.rebuild(tensors) is (args, kwargs). Raises UnfitError."""
+        self._call = (tree, tensors, names)
+        reason = why_not_root(model)
+        if reason:
+            raise UnfitError(reason)
+        try:
+            with _watched_isinstance(), _Watch(self._held):
+                graph = self.trace(model)
+        except Exception as error:
+            raise UnfitError(describe(error)) from error
+        _drop_unused(graph)
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        fixed = {
+            index: tuple(tensors[index].shape) for index, node in enumerate(placeholders) if node in self.fixed_inputs
+        }
+        return Traced(graph, self._outputs, self.constants, self.inlined, self.opaque, frozenset(self.failed), fixed)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        tree, tensors, names = self._call
+
+        def run() -> tuple[Any, ...]:
+            stand_ins = [
+                Input(self.create_node("placeholder", name, (), {}), self, tensor)
+                for name, tensor in zip(names, tensors, strict=True)
+            ]
+            args, kwargs = tree.rebuild(stand_ins)
+            result = self._inline(self.root, "", self.root.forward, args, kwargs)
+            leaves, self._outputs = flatten(result, lambda value: isinstance(value, (Proxy, Tensor)))
+            return tuple(leaves)
+
+        return run, []
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if m not in self._paths and not len(list(m.parameters())) and not len(list(m.buffers())):
+            return forward(*args, **kwargs)  # made on the way, as in nn.Softmax(dim=-1)(x)
+        name = self._name_of(m)
+        index, outer = self._calls[name], self._block
+        self._calls[name] = index + 1
+        self._block = (*outer, (name, index))
+        try:
+            reason = self.opaque.get(name) or why_leaf(m, name, self._leaves)
+            if reason is None:
+                return self._inline_or_keep(m, name, forward, args, kwargs)
+            if reason:
+                self.opaque[name] = reason
+            return self.create_proxy("call_module", name, args, kwargs)
+        finally:
+            self._block = outer
+
+    def _inline_or_keep(self, m: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        mark = next(reversed(self.graph.nodes), None)
+        before = (self._calls.copy(), dict(self.opaque), dict(self.inlined), set(self.failed), set(self.fixed_inputs))
+        self.inlined[name] = m
+        try:
+            return self._inline(m, name, forward, args, kwargs)
+        except Exception as error:
+            for node in reversed(self.graph.nodes):
+                if node is mark:
+                    break
+                self.graph.erase_node(node)
+            self._calls, self.opaque, self.inlined, self.failed, self.fixed_inputs = before
+            self.opaque[name] = describe(error)
+            self.failed.add(name)
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    def _inline(self, m: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs a forward on stand-ins; raises TraceError where it changes attributes or draws random numbers."""
+        attributes, random = Attributes(m), RandomState()
+        stand_ins: dict[str, object] = {
+            key: Held(self, f"{name}.{key}" if name else key, value)
+            for key, value in vars(m).items()
+            if isinstance(value, Tensor)
+        }
+        for key, stand_in in stand_ins.items():
+            attributes.put(key, stand_in)
+        try:
+            result = forward(*args, **kwargs)
+            changed, moved = attributes.changed(stand_ins), random.moved()
+            if changed:
+                raise TraceError(f"changes its attribute `{changed}` while it runs")
+            if moved:
+                raise TraceError(f"draws from {moved} outside the graph")
+            return result
+        finally:
+            attributes.restore()
+            random.restore()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        if isinstance(attr_val, Tensor):
+            name = self._held.get(id(attr_val))
+            if name is not None:
+                kind = HeldParameter if isinstance(attr_val, nn.Parameter) else Held
+                return kind(self, name, attr_val)
+        return attr_val
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
+        if kind not in ("placeholder", "output", "get_attr"):
+            self._refuse_modes()
+            self._refuse_writes(kind, target, args, kwargs)
+        node = self.graph.create_node(kind, target, args, kwargs, name)
+        leaf = self.root.get_submodule(target) if kind == "call_module" else None
+        if is_surely_tensor(kind, target, args, self.surely_tensors, leaf):
+            self.surely_tensors.add(node)
+        node.meta["block"] = self._block
+        node.meta["source"] = "" if kind in ("placeholder", "output") else _source()
+        return node
+
+    def proxy(self, node: fx.Node) -> Value:
+        return Value(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Proxy):
+            return a.node
+        if isinstance(a, Tensor):
+            return self.create_node("get_attr", self._name_of_tensor(a), (), {})
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self._name_of(a), (), {})
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return self.create_node("call_function", type(a), tuple(self.create_arg(part) for part in a), {})
+        return TracerBase.create_arg(self, a)
+
+    def _name_of(self, module: nn.Module) -> str:
+        name = self._paths.get(module)
+        if name is None:
+            raise TraceError(f"calls a {type(module).__name__} that is not registered in the model")
+        return name
+
+    def _name_of_tensor(self, tensor: Tensor) -> str:
+        name = self._held.get(id(tensor)) or self._constant_names.get(id(tensor))
+        if name is None:
+            if tensor.grad_fn is not None:
+                raise TraceError("uses a tensor that was computed with a tape outside the graph")
+            name = f"_constants.{len(self.constants)}"
+            self.constants[name] = tensor
+            self._constant_names[id(tensor)] = name
+        return name
+
+    def _refuse_modes(self) -> None:
+        now = _modes()
+        if now != self._modes:
+            grad, hooks, *_ = now
+            if grad != self._modes[0]:
+                raise TraceError("switches gradients on or off (no_grad, inference mode or an autograd.Function)")
+            if hooks != self._modes[1]:
+                raise TraceError("runs under saved-tensor hooks (checkpoint, save_on_cpu)")
+            raise TraceError("switches autocast on or off")
+
+    def _refuse_writes(self, kind: str, target: Any, args: Any, kwargs: Any) -> None:
+        """A constant made while tracing lives as long as the graph: a write would add up from call to call."""
+        written = kwargs.get("out") if kwargs else None
+        if args and _writes(kind, target):
+            written = args[0]
+        if isinstance(written, fx.Node) and written.op == "get_attr" and str(written.target) in self.constants:
+            raise TraceError("writes into a tensor that was made while tracing")
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation that runs for real while tracing, and refuses those whose result must not be frozen."""
+
+    def __init__(self, held: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._held = held
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and importing the compiler takes seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise TraceError(f"draws random numbers outside the graph ({func})")
+        for value in args:
+            if isinstance(value, Tensor) and id(value) in self._held:
+                raise TraceError(f"computes with `{self._held[id(value)]}` outside the graph ({func})")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _watched_isinstance() -> Iterator[None]:
+    """Answers isinstance(stand-in, ...) as the real value would, or raises where only a run can tell.
+
+    fx's own proxies would answer False, and the user's forward would take the other branch without a word.
+    """
+    plain = builtins.isinstance
+    is_tensor = torch.is_tensor.__code__
+
+    def watched(value: Any, kinds: Any, /) -> bool:
+        if not plain(value, Value):
+            return plain(value, kinds)
+        caller = sys._getframe(1)
+        if _is_outside(caller) and caller.f_code is not is_tensor:
+            return plain(value, kinds)
+        kind = kind_of(value)
+        if kind is None:
+            raise TraceError("asks for the type of a value that is only known when the model runs")
+        return issubclass(kind, kinds)
+
+    builtins.isinstance = watched
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
+
+
+def names_of_tensors(model: nn.Module) -> dict[int, str]:
+    """id -> qualified name of every parameter, buffer and plain tensor attribute; tied ones under their first name."""
+    names: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for values in (module._parameters, module._buffers, vars(module)):
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    names.setdefault(id(value), f"{prefix}.{key}" if prefix else key)
+    return names
+
+
+def describe(error: BaseException) -> str:
+    """An exception as a reason: its first line, and the user's line it came from."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not isinstance(error, (TraceError, UnfitError)):
+        text = f"{type(error).__name__}: {text}"
+    place = ""
+    trace = error.__traceback__
+    while trace is not None:
+        if not _is_outside(trace.tb_frame):
+            place = _place(trace.tb_frame, trace.tb_lineno)
+        trace = trace.tb_next
+    return f"{text} ({place})" if place else text
+
+
+def _modes() -> tuple[Any, ...]:
+    """What surrounds an operation in eager and is not part of a graph."""
+    enabled, target = torch.is_autocast_enabled, torch.get_autocast_dtype
+    return (
+        torch.is_grad_enabled(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        enabled("cpu"),
+        enabled("cuda"),
+        target("cpu"),
+        target("cuda"),
+    )
+
+
+_IN_PLACE = frozenset(
+    f"__{name}__"
+    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+)
+
+
+def _writes(kind: str, target: Any) -> bool:
+    name = target if kind == "call_method" else getattr(target, "__name__", "") if kind == "call_function" else ""
+    if target in (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv):
+        return True
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Erases reads nobody uses. Calls stay: fx cannot tell which of them only look pure."""
+    for node in reversed(graph.nodes):
+        reads = node.op == "get_attr" or node.target is getattr or (node.op, node.target) == ("call_method", "size")
+        if reads and not node.users:
+            graph.erase_node(node)
+
+
+def _is_outside(frame: FrameType) -> bool:
+    """Whether a frame is torch's or ours rather than the user's."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in _OUTSIDE
+
+
+def _place(frame: FrameType, line: int) -> str:
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}"
+
+
+def _source() -> str:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and _is_outside(frame):
+        if frame.f_code is CaptureTracer.capture.__code__:
+            return ""
+        frame = frame.f_back
+    return _place(frame, frame.f_lineno) if frame is not None else ""

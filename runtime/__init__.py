@@ -1,0 +1,1 @@
+"""What the emitted module calls. Knows nothing of graphs."""

@@ -1,0 +1,58 @@
+"""The thread-local state that decides what an operation does, recorded once and entered again elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+_KINDS = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Ambient:
+    """Autocast, deterministic flags and CUDA device at one moment.
+
+    autocast: None where it is off; else per device kind (enabled, dtype), and whether casts are cached.
+    The autograd engine runs backward without the autocast that its forward had, and worker threads inherit none of it;
+    whatever a region evaluates there must run as it would have in forward.
+    """
+
+    autocast: tuple[tuple[tuple[bool, torch.dtype], ...], bool] | None
+    deterministic: bool
+    warn_only: bool
+    device: int | None
+
+    @staticmethod
+    def now() -> Ambient:
+        autocast = None
+        if torch._C._is_any_autocast_enabled():
+            kinds = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS)
+            autocast = kinds, torch.is_autocast_cache_enabled()
+        return Ambient(
+            autocast,
+            torch._C._get_deterministic_algorithms(),
+            torch._C._get_deterministic_algorithms_warn_only(),
+            torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+        )
+
+    def enter(self) -> AbstractContextManager[None]:
+        """Re-enter the recorded state; next to free where nothing differs."""
+        current = Ambient.now()
+        return nullcontext() if current == self else self._enter(current)
+
+    @contextmanager
+    def _enter(self, current: Ambient) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.autocast != current.autocast:
+                kinds, cached = self.autocast or (tuple((False, torch.get_autocast_dtype(k)) for k in _KINDS), True)
+                for kind, (enabled, dtype) in zip(_KINDS, kinds, strict=True):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached))
+            if (self.deterministic, self.warn_only) != (current.deterministic, current.warn_only):
+                torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
+                stack.callback(torch.use_deterministic_algorithms, current.deterministic, warn_only=current.warn_only)
+            if self.device is not None and self.device != current.device:
+                stack.enter_context(torch.cuda.device(self.device))
+            yield

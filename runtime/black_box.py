@@ -1,0 +1,238 @@
+"""The rule for boxes without a derivative: finite-difference probes of each row, contracted with its cotangent."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import RewriteError
+from .estimators.estimator import Estimator
+from .estimators.options import Options, Settings
+from .estimators.probing import Batch, BatchProbes, Probed, RowProbes, divided, side_by_side
+from .estimators.quality import Quality
+from .estimators.rows import LiveRows
+from .evaluator import Evaluator, ModuleEvaluator, repeat_shared
+from .ledger import Ledger
+from .rule import Call, Gradients, Taken
+
+__all__ = ["BlackBoxRule", "Evaluator", "ModuleEvaluator"]
+
+_ROWS, _SHARED = "rows", "shared"
+
+
+@dataclass
+class _Memory:
+    """What a forward leaves for its backward: how many of the kept tensors are inputs, and the settings once used."""
+
+    inputs: int
+    settings: dict[str, Settings] = field(default_factory=dict)
+
+
+_Estimate = Callable[[str, Probed, int], Tensor]  # group, what to probe, lost rows -> (n, d)
+
+
+class BlackBoxRule:
+    """Pullback of a box by zeroth order: each row's own probes, all evaluated in one stacked call per backward.
+
+    evaluator:      the box
+    probes:         directions per row (q)
+    directions:     "orthogonal", "rademacher", "gaussian", "coordinate"; unit variance per entry, independent per row
+    difference:     "forward" reuses the output of the forward pass (q queries per row), "central" takes 2q
+    step_size:      in units of the input scale; "auto" measures it at the first backward and follows the box in training
+    clip:           quantile of the row norms above which a row is shortened; "auto": .9 on boxes that are not smooth
+    reconstruction: "least_squares" (minimum norm, scaled to be unbiased) or "average"
+    input_scale:    one number, or one for each probed element of a row; None: the running deviation of the inputs
+    max_rows:       most rows in one call of the box
+    max_failed:     share of failed queries in one backward above which it raises
+
+    Relative mean-square error on a box that is linear over a step, row width d: least squares and orthogonal
+    d / q - 1; averages (d + 1) / q Gaussian, (d - 1) / q Rademacher. Homogeneous of degree one in the cotangent. Shared
+    inputs of fixed shape form a second group, for which the whole batch is one row with min(probes, their size) probes.
+    With numbers for step_size and input_scale and clip=None the result does not depend on how rows divide among ranks.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        *,
+        probes: int = 1,
+        directions: str = "orthogonal",
+        difference: str = "forward",
+        step_size: float | str = "auto",
+        clip: float | str | None = "auto",
+        reconstruction: str = "least_squares",
+        input_scale: float | Sequence[float] | None = None,
+        max_rows: int | None = None,
+        max_failed: float = 0.5,
+        ledger: Ledger | None = None,
+    ) -> None:
+        options = Options(
+            probes, directions, difference, step_size, clip, reconstruction, input_scale, max_rows, max_failed
+        )
+        # One row cannot be compared with others, and a scale given per element of a row says nothing of shared inputs.
+        whole = replace(options, clip=None, input_scale=None if isinstance(input_scale, Sequence) else input_scale)
+        self.evaluator = evaluator
+        self.options = options
+        self.ledger = ledger if ledger is not None else Ledger()
+        self._estimators = {
+            _ROWS: Estimator(options, evaluator.label),
+            _SHARED: Estimator(whole, evaluator.label, bounded=True),
+        }
+        self._rows = 0
+
+    def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
+        """One evaluation of the box; nothing else is computed."""
+        evaluator = self.evaluator
+        rows = next((value.shape[0] for i, value in enumerate(inputs) if i not in evaluator.shared), 1)
+        outputs = evaluator.evaluate(*repeat_shared(evaluator, inputs, rows))
+        self.ledger.add(call.region, calls=1, forward=rows)
+        self._rows = rows
+        return Taken(evaluator.finish(inputs, outputs), (*inputs, *outputs), _Memory(len(inputs)))
+
+    @torch.no_grad()
+    def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
+        """Gradient of each needed floating input, in its dtype; None elsewhere.
+
+        Rows without a cotangent cost nothing and get zero; rows with a non-finite cotangent get NaN; rows whose output is
+        not finite get zero and count as failed. A second call with the same `taken` uses the same numbers and settings.
+        Raises RewriteError as `Estimator.gradient` does, and where a parameter of the box needs a gradient.
+        """
+        settings: dict[str, Settings] = taken.memory.settings  # type: ignore[attr-defined]
+
+        def estimate(group: str, probed: Probed, lost: int) -> Tensor:
+            found, used, failed = self._estimators[group].gradient(
+                probed, call.key.named(group), lost, settings.get(group)
+            )
+            settings.setdefault(group, used)
+            if failed:
+                self.ledger.add(call.region, failed=failed)
+            return found
+
+        return self._pull_back(call, taken, cotangents, needed, estimate)
+
+    @torch.no_grad()
+    def exact(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
+        """As `backward`, from every coordinate of every row at the current step, unclipped; queries count as "check"."""
+
+        def estimate(group: str, probed: Probed, lost: int) -> Tensor:
+            return self._estimators[group].exact(probed, call.key.named(group))
+
+        return self._pull_back(call, taken, cotangents, needed, estimate)
+
+    @property
+    def quality(self) -> Quality | None:
+        """Of the rows' gradients, or of the shared inputs' where no input with rows needs one; None before a backward."""
+        found = (self._estimators[group].quality for group in (_ROWS, _SHARED))
+        return next((quality for quality in found if quality is not None), None)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for reports; what is not known before the first backward is None."""
+        estimator = min(self._estimators.values(), key=lambda candidate: candidate.width is None)
+        quality = self.quality
+        return {
+            "rule": "black-box",
+            "box": self.evaluator.label,
+            "width": estimator.width,
+            "probes": estimator.probes,
+            "directions": self.options.directions,
+            "difference": self.options.difference,
+            "kind": estimator.step.kind,
+            "step_size": estimator.step.value if estimator.width is not None else None,
+            "absolute_step": estimator.absolute_step if estimator.width is not None else None,
+            "predicted_cosine": quality.predicted_cosine if quality else None,
+            "measured_cosine": quality.measured_cosine if quality else None,
+            "bias": quality.bias if quality else None,
+            "rows_per_backward": estimator.queries_per_row * self._rows or None,
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """Running statistics of both groups: tensors, numbers and strings."""
+        return {group: estimator.get_state() for group, estimator in self._estimators.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from what `get_state` returned, bit for bit."""
+        for group, estimator in self._estimators.items():
+            estimator.set_state(state[group])
+
+    def _pull_back(
+        self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...], estimate: _Estimate
+    ) -> Gradients:
+        count: int = taken.memory.inputs  # type: ignore[attr-defined]
+        inputs, outputs = taken.tensors[:count], taken.tensors[count:]
+        if any(needed[count:]):
+            raise RewriteError(
+                "a parameter of a black box needs a gradient",
+                where=f"{call.region} ({self.evaluator.label})",
+                why="probes perturb the inputs of the box, not what it holds",
+                remedy="freeze it with requires_grad_(False), or pass it to the box as an input",
+            )
+        wanted = tuple(i for i in range(count) if needed[i] and inputs[i].is_floating_point())
+        contracted = tuple(
+            k for k, v in enumerate(cotangents) if v is not None and outputs[k].is_floating_point() and v.numel()
+        )
+        gradients: list[Tensor | None] = [None] * len(needed)
+        if not wanted or not contracted:
+            return tuple(gradients)
+        batch, rows = self._batch(call, inputs, outputs, cotangents, contracted)
+        shared = frozenset() if self.evaluator.repeats_shared else self.evaluator.shared
+        own = tuple(i for i in wanted if i not in shared)
+        whole = tuple(i for i in wanted if i in shared)
+        if own:
+            found = rows.restore(self._estimate(_ROWS, RowProbes(batch, own), rows, call, estimate))
+            self._divide(found, own, inputs, gradients)
+        if whole:
+            found = self._estimate(_SHARED, BatchProbes(batch, whole), rows, call, estimate)
+            self._divide(torch.full_like(found, math.nan) if rows.poisoned else found, whole, inputs, gradients)
+        return tuple(gradients)
+
+    def _divide(
+        self, found: Tensor, positions: tuple[int, ...], inputs: tuple[Tensor, ...], gradients: list[Tensor | None]
+    ) -> None:
+        """Puts (rows, d) into the gradients of the inputs at `positions`, summed over rows for shared ones."""
+        shared = self.evaluator.shared
+        widths = [inputs[i].numel() if i in shared else math.prod(inputs[i].shape[1:]) for i in positions]
+        for i, part in zip(positions, divided(found, widths), strict=True):
+            total = part.sum(0) if i in shared else part
+            gradients[i] = total.reshape(inputs[i].shape).to(inputs[i].dtype)
+
+    def _estimate(self, group: str, probed: Probed, rows: LiveRows, call: Call, estimate: _Estimate) -> Tensor:
+        if rows.live:
+            return estimate(group, probed, rows.lost)
+        lost = rows.lost * self._estimators[group].queries_per_row
+        self._estimators[group].check_failures(lost, lost)
+        if lost:
+            self.ledger.add(call.region, failed=lost)
+        return torch.zeros_like(probed.base)
+
+    def _batch(
+        self,
+        call: Call,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[Tensor, ...],
+        cotangents: Gradients,
+        contracted: tuple[int, ...],
+    ) -> tuple[Batch, LiveRows]:
+        evaluator = self.evaluator
+        evaluated = [*evaluator.dtypes(*inputs), *(outputs[k].dtype for k in contracted)]
+        work = reduce(torch.promote_types, (dtype for dtype in evaluated if dtype.is_floating_point), torch.float32)
+        incoming = side_by_side([v for k in contracted if (v := cotangents[k]) is not None], work)
+        found = side_by_side([outputs[k] for k in contracted], work)
+        rows = LiveRows(incoming, found)
+        batch = Batch(
+            evaluator=evaluator,
+            inputs=tuple(v if i in evaluator.shared else rows.take(v) for i, v in enumerate(inputs)),
+            contracted=contracted,
+            outputs=rows.take(found),
+            cotangents=rows.take(incoming),
+            norms=rows.norms,
+            rows=rows.index,
+            total_rows=rows.total,
+            first_row=call.rank * rows.total,
+            max_rows=self.options.max_rows,
+            spend=partial(self.ledger.add, call.region),
+        )
+        return batch, rows

@@ -1,0 +1,1 @@
+"""Directions, differences, step size, reconstruction, quality: estimators of pullbacks, independent of graphs."""

@@ -1,0 +1,52 @@
+"""A limit on the norm of each row's gradient, for boxes whose differences now and then jump."""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_DECAY = 0.95
+
+
+class Clip:
+    """Row norms limited at a running quantile of |g_i| / mean_j |v_j|, times mean_j |v_j|: homogeneous of degree one in v."""
+
+    def __init__(self, quantile: float) -> None:
+        self.quantile = quantile
+        self.ratio: float | None = None
+
+    def update(self, gradient: Tensor, cotangent_norms: Tensor) -> float:
+        """The running ratio after moving it towards this batch's quantile; gradient (n, d), cotangent_norms (n,)."""
+        norms = _norms(gradient)
+        rank = min(len(norms) - 1, max(0, math.ceil(self.quantile * len(norms)) - 1))
+        ratio = float(np.partition(norms, rank)[rank] / cotangent_norms.mean())
+        self.ratio = ratio if self.ratio is None else _DECAY * self.ratio + (1 - _DECAY) * ratio
+        return self.ratio
+
+    @staticmethod
+    def apply(gradient: Tensor, cotangent_norms: Tensor, ratio: float) -> tuple[Tensor, float]:
+        """The gradient with row norms at most ratio x mean |v|, and the share of rows that were shortened."""
+        limit = ratio * float(cotangent_norms.mean())
+        norms = _norms(gradient)
+        over = int((norms > limit).sum())
+        if over:
+            factors = torch.from_numpy(limit / np.maximum(norms, limit)).to(gradient)
+            gradient = gradient * factors.unsqueeze(1)
+        return gradient, over / len(norms)
+
+    def get_state(self) -> dict[str, Any]:
+        """The running ratio."""
+        return {} if self.ratio is None else {"ratio": self.ratio}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from what `get_state` returned."""
+        self.ratio = state.get("ratio")
+
+
+def _norms(values: Tensor) -> npt.NDArray[np.float64]:
+    """Row norms in float64: loss scales and their inverses must not leave the range of a square."""
+    norms: npt.NDArray[np.float64] = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).cpu().numpy()
+    return norms
