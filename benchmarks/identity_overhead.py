@@ -92,7 +92,6 @@ def overhead(rounds=50):
     best, mine = min(eager[3:]) * 1e6, min(rewritten[3:]) * 1e6
     print(f"step: eager {best / 1e3:.2f} ms, rewritten {mine / 1e3:.2f} ms, {rounds} alternating runs, minimum")
     print(f"added: {mine - best:+.0f} us; bound {100 + 0.1 * modules:.0f} us (100 us + .1 us x {modules} modules)")
-    variant, tensors = step._variant((tokens,), {})
     bookkeeping = [_timed(lambda: step._variant((tokens,), {})) for _ in range(200)]
     print(f"of these, finding the capture (signature and guards): {min(bookkeeping) * 1e6:.1f} us")
 

@@ -78,6 +78,6 @@ def draw(curves: list[Curve], path: Path) -> Path:
     axes.axhline(0.1, color="grey", linewidth=1, linestyle=":")
     axes.annotate("chance", (curves[0].budget, 0.1), (-4, 3), textcoords="offset points", ha="right", color="grey")
     axes.grid(alpha=0.25)
-    axes.legend(loc="center right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.13))
     figure.savefig(path, dpi=140)
     return path

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from rewriter.runtime.boxes import Box
-
 from .base import Pass
-from .program import CONSTANTS, Cost, Program, Rows, Value
+from .program import CONSTANTS, Cost, Program, Rows, Value, is_box_call
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,9 @@ class _Observer(fx.Interpreter):
         return result
 
     def _queries(self, n: fx.Node, result: Any) -> int:
-        if n.op != "call_module" or not isinstance(self.submodules.get(str(n.target)), Box):
+        if not is_box_call(n, self.program):
             return 0
-        first = result[0] if isinstance(result, tuple) else result
+        first = result[0] if isinstance(result, tuple | list) else result
         return int(first.shape[0])
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -55,7 +55,14 @@ class Entry(Pass):
         return frozenset()
 
     @abstractmethod
-    def rule(self, program: Program, region: Region, segment: RuntimeSegment, ledger: Ledger) -> Rule: ...
+    def rule(
+        self, program: Program, region: Region, segment: RuntimeSegment, ledger: Ledger, known: Rule | None
+    ) -> Rule:
+        """What runs in `segment`. known: the region's rule in another capture, with which it shares what it learns."""
+
+    def returned(self, program: Program, region: Region) -> tuple[int, ...] | None:
+        """Which of its rule's outputs the region returns, where the rule has more than the graph reads."""
+        return None
 
     def __str__(self) -> str:
         first, *rest = fields(self)  # type: ignore[arg-type]

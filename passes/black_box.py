@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +23,7 @@ from rewriter.runtime.segment import Segment
 
 from .base import Entry, Refused
 from .program import Program, Region, Value
-from .regions import inputs_of, regions_at
+from .regions import inputs_of, outputs_of, regions_at
 from .targets import Place, Target, resolve
 
 
@@ -82,9 +84,22 @@ class BlackBox(Entry):
                 return refused
         return program.with_(regions=(*program.regions, *regions))
 
-    def rule(self, program: Program, region: Region, segment: Segment, ledger: Ledger) -> Rule:
+    def rule(
+        self, program: Program, region: Region, segment: Segment, ledger: Ledger, known: Rule | None
+    ) -> BlackBoxRule:
         evaluator = _evaluator(program, region, segment)
+        if isinstance(known, BlackBoxRule):
+            rule = copy.copy(known)  # the estimators, and so what they learn, are one and the same
+            rule.evaluator = evaluator
+            return rule
         return BlackBoxRule(evaluator, **vars(self._options()), ledger=ledger)
+
+    def returned(self, program: Program, region: Region) -> tuple[int, ...] | None:
+        """The items of a box's outputs that the graph reads, which may be fewer than it has."""
+        if not isinstance(program.module(region.target), Box):
+            return None
+        outputs = outputs_of(program, region)
+        return tuple([int(node.args[1]) if node.target is operator.getitem else 0 for node in outputs])  # type: ignore[arg-type]
 
 
 def _unsuitable(place: Place, module: nn.Module) -> Refused | None:
@@ -118,35 +133,49 @@ def _warn_exact_is_free(entry: BlackBox, module: str) -> None:
 
 
 def _check_values(region: Region, program: Program) -> Refused | None:
-    """Differentiable values at the region's border need their rows in dimension 0."""
-    outputs = [name for name in region.owned if any(u.name not in region.owned for u in program.node(name).users)]
-    for name in (*(node.name for node in inputs_of(program, region)), *outputs):
-        value = program.values.get(name)
-        if not isinstance(value, Value) or not value.dtype.is_floating_point or value.rows is None:
-            continue
-        if value.rows.dimension != 0:
+    """What crosses a region's border is tensors; where they are floating and have rows, these lie in dimension 0."""
+    inputs, outputs = inputs_of(program, region), outputs_of(program, region)
+    for node in (*inputs, *outputs):
+        where, value = f"{region.name}: {node.name}", program.values.get(node.name)
+        if not isinstance(value, Value):
             return Refused(
-                f"{region.name}: {name}",
+                where,
+                f"a {'tuple as a whole' if isinstance(value, tuple) else 'value that is no tensor'} crosses its border",
+                "take tuples apart where they are returned, and compute sizes inside the module that uses them",
+            )
+        if value.dtype.is_floating_point and value.rows is not None and value.rows.dimension != 0:
+            return Refused(
+                where,
                 f"the rows of a value {list(value.shape)} lie in dimension {value.rows.dimension}",
                 "transpose it so that rows come first, inside the model, before the box",
+            )
+    return _check_rows(region, _tensors(inputs, program), _tensors(outputs, program))
+
+
+def _check_rows(region: Region, inputs: list[Value], outputs: list[Value]) -> Refused | None:
+    rows = next((value.shape[0] for value in inputs if value.rows is not None), None)
+    for value in outputs:
+        if rows is not None and value.shape[:1] != (rows,):
+            return Refused(
+                region.name,
+                f"it returns {list(value.shape)} for {rows} rows of input",
+                "name a part that returns one row for each row, and leave what sums over rows to autograd",
             )
     return None
 
 
+def _tensors(nodes: list[fx.Node], program: Program) -> list[Value]:
+    return [value for value in (program.values.get(node.name) for node in nodes) if isinstance(value, Value)]
+
+
 def _evaluator(program: Program, region: Region, segment: Segment) -> Evaluator:
     module = program.module(region.target)
-    if not isinstance(module, Box):
-        return ModuleEvaluator(segment, region.name)
     inputs = inputs_of(program, region)
+    if not isinstance(module, Box):
+        shared = (i for i, value in enumerate(_tensors(inputs, program)) if value.rows is None)
+        return ModuleEvaluator(segment, region.name, shared)
     calls = [program.node(name) for name in region.owned]
     arguments = next(found for found in map(_box_arguments, calls) if found is not None)
-    if not all(isinstance(argument, fx.Node) for argument in arguments):
-        raise RewriteError(
-            "a box was called with a constant argument",
-            where=region.name,
-            why="its queries are built from the tensors the graph passes to it",
-            remedy="pass a tensor (a buffer, say), or bind the constant when the box is made",
-        )
     positions = tuple(inputs.index(argument) for argument in arguments)
     return module if positions == tuple(range(len(inputs))) else BoxCall(module, positions)
 

@@ -7,11 +7,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from rewriter.runtime.boxes import Box
-from rewriter.runtime.boxes.box_call import is_box_operator
-
 from .base import Pass, Refused
-from .program import Program, Value
+from .program import Program, Value, is_box_call
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Cover(Pass):
     def apply(self, program: Program) -> Program | Refused:
         owned = {name for region in program.regions for name in region.owned}
         for node in program.graph.nodes:
-            if node.name in owned or not _is_box(node, program) or not _differentiable(node, program):
+            if node.name in owned or not is_box_call(node, program) or not _differentiable(node, program):
                 continue
             block = node.meta.get("block", ())
             name = block[-1][0] if block else str(node.target)
@@ -34,12 +31,6 @@ class Cover(Pass):
                 "a box has no source of its gradient",
             )
         return program
-
-
-def _is_box(node: fx.Node, program: Program) -> bool:
-    if node.op == "call_module":
-        return isinstance(program.module(str(node.target)), Box)
-    return node.op == "call_function" and is_box_operator(node.target)
 
 
 def _differentiable(node: fx.Node, program: Program) -> bool:

@@ -35,8 +35,8 @@ class _Frame:
 
 
 def emit(program: Program, clock: Clock, ledger: Ledger, rules: dict[str, Rule]) -> Emitted:
-    """Emit a partitioned program. `rules` holds the rules that run, by region name; missing ones are made and added, so
-    that captures of other signatures share what a rule has learnt."""
+    """Emit a partitioned program. `rules` holds the first rule of each region name; a later capture has its own code and
+    so its own rule, which shares what the first has learnt."""
     if program.partitioned is None:
         raise ValueError("emit needs a partitioned program")
     frame = _Frame()
@@ -50,9 +50,11 @@ def emit(program: Program, clock: Clock, ledger: Ledger, rules: dict[str, Rule])
         target: Any = segment
         if described.region is not None:
             region = by_name[described.region]
+            rule = region.entry.rule(program, region, segment, ledger, rules.get(region.name))
             if region.name not in rules:
-                rules[region.name] = region.entry.rule(program, region, segment, ledger)
-            target = Region(region.name, rules[region.name], clock, segment.trainable)
+                rules[region.name] = rule
+            returned = region.entry.returned(program, region)
+            target = Region(region.name, rule, clock, segment.trainable, returned)
             regions[region.name] = target
         frame.__dict__[described.name] = target
     source, step = _compile("step", program.partitioned.graph)
@@ -61,27 +63,20 @@ def emit(program: Program, clock: Clock, ledger: Ledger, rules: dict[str, Rule])
 
 
 def _segment(name: str, graph: fx.Graph, program: Program) -> Segment:
-    """Emit one segment; every module, parameter and buffer is a flat name read from the user's own dictionaries."""
+    """Emit one segment; the flat names of modules, parameters and buffers are read from the user's own dictionaries."""
     flat = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     places: dict[str, Place] = {}
     for node in graph.nodes:
-        mapping[node] = new = flat.node_copy(node, mapping.__getitem__)
+        mapping[node] = flat.node_copy(node, mapping.__getitem__)
         if node.op in ("call_module", "get_attr"):
-            path = str(node.target)
-            if path not in places:
-                taken = {place.name for place in places.values()}
-                places[path] = _place(path, taken, program)
-            new.target = places[path].name
+            path = str(node.meta["path"])
+            places.setdefault(path, _place(str(node.target), path, program))
     source, function = _compile(name, flat)
     return Segment(name, source, function, tuple(places.values()))
 
 
-def _place(path: str, taken: set[str], program: Program) -> Place:
-    name = "".join(c if c.isalnum() else "_" for c in path).lstrip("_") or "value"
-    name = f"_{name}" if name[0].isdigit() else name
-    while name in taken:
-        name += "_"
+def _place(name: str, path: str, program: Program) -> Place:
     if path.startswith(CONSTANTS):
         return Place(name, program.constants, path, path)
     parent, _, key = path.rpartition(".")

@@ -1,22 +1,26 @@
-"""A clean graph: no identities, attributes read next to their use."""
+"""A clean graph: no identities, attributes read where they are used."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .base import Pass
 from .program import Program
 
+Block = tuple[tuple[str, int], ...]
+
 
 @dataclass(frozen=True)
 class Normalise(Pass):
-    """Drops `nn.Identity` (they hide residual adds) and reads each attribute right before the node that uses it.
+    """Drops `nn.Identity` (they hide residual adds) and reads each attribute where it is used.
 
-    One read per user lets a partition keep its parameters inside. Anything that may draw random numbers, change a
-    buffer or fail stays, used or not.
+    A module reads what it holds right before the node that uses it, so a partition keeps its parameters inside. What is
+    passed to a module that does not hold it is read before that module's call, and so is an input of it. Anything that
+    may draw random numbers, change a buffer or fail stays, used or not.
     """
 
     name: ClassVar[str] = "normalise"
@@ -27,24 +31,79 @@ class Normalise(Pass):
             if _identity(node, program):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
+        places = _Places(program, graph)
         for node in list(graph.nodes):
             if node.op == "get_attr":
-                _localise(graph, node)
-        same = [node.name for node in graph.nodes] == [node.name for node in program.graph.nodes]
-        return program if same else program.with_(graph=graph)
+                _localise(graph, node, places)
+        return program.with_(graph=graph)
 
 
-def _localise(graph: fx.Graph, read: fx.Node) -> None:
-    users = [user for user in read.users if user.op != "output"]
-    for user in users[1:] if len(users) == len(read.users) else users:
-        with graph.inserting_before(user):
-            own = graph.get_attr(str(read.target))
-        own.meta = {**read.meta, "block": user.meta.get("block", ())}
-        user.replace_input_with(read, own)
+class _Places:
+    """Where an attribute is to be read."""
+
+    def __init__(self, program: Program, graph: fx.Graph) -> None:
+        self._program = program
+        self._holders = _holders(program.model)
+        self._first: dict[Block, fx.Node] = {}
+        for node in graph.nodes:
+            if node.op not in ("get_attr", "placeholder", "output"):
+                block = _block(node)
+                for depth in range(1, len(block) + 1):
+                    self._first.setdefault(block[:depth], node)
+
+    def before(self, read: fx.Node, user: fx.Node) -> tuple[fx.Node, Block]:
+        """The node before which `user`'s read goes, and the block it then belongs to."""
+        block = _block(user)
+        value = self._program.attribute(str(read.target))
+        if not isinstance(value, Tensor):
+            return user, block
+        holders = self._holders.get(id(value), ())
+        depth = len(block)
+        while depth and not _within(block[depth - 1][0], holders):
+            depth -= 1
+        return (user if depth == len(block) else self._first[block[: depth + 1]]), block[:depth]
+
+
+def _localise(graph: fx.Graph, read: fx.Node, places: _Places) -> None:
+    """One read for each place that wants one; a read that is an output of the model stays as it is."""
+    wanted: dict[tuple[fx.Node, Block], list[fx.Node]] = {}
+    for user in read.users:
+        if user.op != "output":
+            wanted.setdefault(places.before(read, user), []).append(user)
+    taken = any(user.op == "output" for user in read.users)
+    for (anchor, block), users in wanted.items():
+        if taken:
+            with graph.inserting_before(anchor):
+                own = graph.get_attr(str(read.target))
+            own.meta = dict(read.meta)
+        else:
+            own, taken = read, True
+            anchor.prepend(read)
+        own.meta["block"] = block
+        for user in users:
+            user.replace_input_with(read, own)
     if not read.users:
         graph.erase_node(read)
-    elif len(users) == len(read.users):
-        users[0].prepend(read)
+
+
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter, buffer or tensor attribute -> the names of all modules that hold it."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        tensors: Iterable[Any] = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                found.setdefault(id(tensor), []).append(name)
+    return found
+
+
+def _within(module: str, holders: Iterable[str]) -> bool:
+    return any(holder == module or holder.startswith(f"{module}.") for holder in holders)
+
+
+def _block(node: fx.Node) -> Block:
+    block: Block = node.meta.get("block", ())
+    return block
 
 
 def _identity(node: fx.Node, program: Program) -> bool:

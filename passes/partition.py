@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import keyword
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
 from rewriter.runtime.errors import RewriteError
@@ -16,6 +17,7 @@ from .base import Pass
 from .program import Cost, Program, Segment
 
 _PREFIX = "fused_"
+_RESERVED = frozenset((*keyword.kwlist, *dir(fx.GraphModule(nn.Module(), fx.Graph()))))
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Partition(Pass):
     """Cuts the graph into submodules: one per region, and the largest possible exact segments between them.
 
     Segments are runs of the graph's own order, so operations, and with them random draws and buffer updates, happen in
-    eager's order. Parameters keep the user's names.
+    eager's order. Modules, parameters and buffers get flat names that Python can spell; meta["path"] is the user's.
     """
 
     name: ClassVar[str] = "partition"
@@ -65,23 +67,37 @@ def _unique(names: Iterable[str]) -> list[str]:
         if name == "exact":
             candidate, count = f"exact_{count}", count + 1
         else:
-            candidate = "".join(c if c.isalnum() else "_" for c in name)
-            candidate = f"region_{candidate}" if candidate[0].isdecimal() else candidate
-        while candidate in found:
-            candidate += "_"
+            candidate = _spelled(name, "region_", found)
         found.append(candidate)
     return found
 
 
 def _graph_module(program: Program) -> fx.GraphModule:
-    """The program as a GraphModule on the user's own modules, parameters and buffers."""
+    """The program as a GraphModule on the user's own modules, parameters and buffers.
+
+    Flat names: fx would hang a dotted one into the user's own modules, and cannot spell one that is a Python keyword.
+    """
+    graph = program.edit()
     root: dict[str, object] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_module":
-            root[str(node.target)] = program.module(str(node.target))
-        elif node.op == "get_attr":
-            root[str(node.target)] = program.attribute(str(node.target))
-    return fx.GraphModule(root, program.edit(), class_name="Program")
+    flat: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        path = str(node.target)
+        if path not in flat:
+            flat[path] = name = _spelled(path.lstrip("_"), "_", root)
+            root[name] = program.module(path) if node.op == "call_module" else program.attribute(path)
+        node.target, node.meta["path"] = flat[path], path
+    return fx.GraphModule(root, graph, class_name="Program")
+
+
+def _spelled(path: str, prefix: str, taken: Iterable[str]) -> str:
+    """A free attribute name for a path: letters, digits and underscores; `prefix` where it would start with a digit."""
+    name = "".join(c if c.isascii() and c.isalnum() else "_" for c in path)
+    name = f"{prefix}{name}" if name[0].isdecimal() else name
+    while name in taken or name in _RESERVED:
+        name += "_"
+    return name
 
 
 def _describe(segment: Segment, part: dict[fx.Node, int | None], program: Program) -> Segment:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.runtime.boxes import Box
+from rewriter.runtime.boxes.box_call import is_box_operator
 from rewriter.runtime.errors import RewriteError
 
 CONSTANTS = "_constants."
@@ -194,6 +196,13 @@ def _line(node: fx.Node, value: Any) -> str:
 def _target_text(node: fx.Node) -> str:
     target = node.target
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def is_box_call(node: fx.Node, program: Program) -> bool:
+    """Whether a node evaluates a box: its module in an fx graph, its operator in an exported one."""
+    if node.op == "call_module":
+        return isinstance(program.module(str(node.target)), Box)
+    return node.op == "call_function" and is_box_operator(node.target)
 
 
 def reach(nodes: list[fx.Node]) -> Iterator[fx.Node]:

@@ -31,12 +31,7 @@ def regions_at(entry: Entry, place: Place, program: Program) -> list[Region] | R
         )
     wanted = sorted(calls) if place.call is None else [place.call]
     return [
-        Region(
-            place.module if index == 0 else f"{place.module}@{index}",
-            entry,
-            place.module,
-            _with_items(program, calls[index]),
-        )
+        Region(place.module if index == 0 else f"{place.module}@{index}", entry, place.module, tuple(calls[index]))
         for index in wanted
     ]
 
@@ -48,13 +43,20 @@ def inputs_of(program: Program, region: Region) -> list[fx.Node]:
     return list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source.name not in owned))
 
 
+def outputs_of(program: Program, region: Region) -> list[fx.Node]:
+    """The nodes of a region that are read outside, in the order its partitioned submodule returns them."""
+    owned = set(region.owned)
+    nodes = [program.node(name) for name in region.owned]
+    return [node for node in nodes if any(user.name not in owned for user in node.users)]
+
+
 def _hooked(module: nn.Module) -> str | None:
     """The name of the first part that has hooks or is spread over devices, or None."""
     for name, part in module.named_modules():
         hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
         spread = any(type(parameter).__name__ == "DTensor" for parameter in part.parameters(recurse=False))
         if any(hooks) or spread or "FSDP" in type(part).__name__ or "FullySharded" in type(part).__name__:
-            return name
+            return str(name)
     return None
 
 
@@ -69,13 +71,3 @@ def _unseen(place: Place, program: Program) -> Refused:
     return Refused(
         place.module, "the model's forward does not call it on this example", "check the name against the forward"
     )
-
-
-def _with_items(program: Program, names: list[str]) -> tuple[str, ...]:
-    """The nodes of one call and, where its output is a tuple, the reads of its items."""
-    owned = set(names)
-    for node in program.graph.nodes:
-        source = node.args[0] if node.args else None
-        if isinstance(source, fx.Node) and source.name in owned and getattr(node.target, "__name__", "") == "getitem":
-            owned.add(node.name)
-    return tuple(node.name for node in program.graph.nodes if node.name in owned)

@@ -7,6 +7,7 @@ import logging
 import operator
 import re
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,14 @@ from torch import Tensor, fx, nn
 
 from rewriter.runtime.errors import RewriteError
 
-from .exporter import export
 from .guards import Guards
 from .interpret import interpret
 from .leaves import LeafPredicate, never
 from .shadow import MismatchError, preserved, trial_run
 from .shadow import prove as prove_graph
 from .signature import Tree, flatten, tree_of_call
-from .tracer import CaptureTracer, Traced, UnfitError, describe
+from .traced import Traced, UnfitError, describe
+from .tracer import CaptureTracer
 
 log = logging.getLogger("rewriter")
 
@@ -78,7 +79,8 @@ def capture(
     """
     start = time.perf_counter()
     attempt = _Attempt(model, args, kwargs, leaves, prove)
-    with torch.enable_grad():
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the user's forward warns again when it runs for real
         found = attempt.first_that_holds()
     found.seconds = time.perf_counter() - start
     return found
@@ -126,6 +128,8 @@ class _Attempt:
         return None
 
     def _export(self) -> Traced | None:
+        from .exporter import export  # brings in much of torch that most models never need
+
         try:
             return export(self.model, self.tree, self.tensors, self.names)
         except UnfitError as unfit:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rewriter.runtime.black_box import BlackBoxRule
 from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.estimators.quality import Quality
 from rewriter.runtime.estimators.taylor import remainder_order
 from rewriter.runtime.evaluator import ModuleEvaluator
 from rewriter.runtime.region import Region
@@ -107,10 +108,14 @@ def _scalar(output: Any) -> Tensor:
     """The loss itself, or a fixed random projection of an output that is no scalar."""
     tensors = [t for t in flatten(output)[0] if t.is_floating_point() and t.requires_grad]
     if len(tensors) == 1 and tensors[0].numel() == 1:
-        return tensors[0].sum()
+        (loss,) = tensors
+        return torch.sum(loss)
     generator = torch.Generator().manual_seed(0)
     terms = [(t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in tensors]
-    return torch.stack([term.float() for term in terms]).sum() if terms else torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
+    for term in terms:
+        total = total + term.double().cpu()
+    return total
 
 
 @contextmanager
@@ -175,6 +180,10 @@ class _Spy:
             return Checked(name, "autograd", agreement, None, "compared with automatic differentiation")
         kind = self.rule.describe()["kind"]
         return Checked(name, "every coordinate", agreement, seen.order, _verdict(kind, seen.order))
+
+    @property
+    def quality(self) -> Quality | None:
+        return self.rule.quality
 
     def describe(self) -> dict[str, Any]:
         return self.rule.describe()

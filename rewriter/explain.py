@@ -32,7 +32,7 @@ def _head(step: Rewritten) -> str:
 
 def _region(region: Region, step: Rewritten) -> str:
     program = step.latest.program
-    facts = step._rules[region.name].describe()
+    facts = step.latest.emitted.regions[region.name].rule.describe()
     lines = [f"{region.name}: {facts['rule']} ({region.entry})"]
     values = [program.values.get(node.name) for node in inputs_of(program, region)]
     shown = ", ".join(str(value) for value in values if isinstance(value, Value))

@@ -40,6 +40,8 @@ class Guards:
         self.names, self.conditions = tuple(names), tuple(conditions)
         modules = {name: model.get_submodule(name) for name in self.names}
         self._expected = {name: _flags(module) for name, module in modules.items()}
+        first = next(model.parameters(), None)
+        self._kind = None if first is None else (first.dtype, first.device)
         self._bind(model)
 
     def reason(self, model: nn.Module, tensors: Sequence[Tensor]) -> str | None:
@@ -56,13 +58,16 @@ class Guards:
             return self._changed_child()
         if any(self._hooks):
             return self._new_hook()
+        if self._first is not None and (self._first.dtype, self._first.device) != self._kind:
+            return f"the parameters are {self._first.dtype} on {self._first.device} and were {self._kind}"
         if self._sizes is not None and not self._sizes([tensor.shape for tensor in tensors]):
             return self._failed_condition(tensors)
         return None
 
     def __getstate__(self) -> dict[str, Any]:
         """Bound to no model: a copy or an unpickled one binds to the model it is first asked about."""
-        return {"names": self.names, "conditions": self.conditions, "_expected": self._expected, "_model": None}
+        kept = ("names", "conditions", "_expected", "_kind")
+        return {name: vars(self)[name] for name in kept} | {"_model": None}
 
     def _bind(self, model: nn.Module) -> None:
         modules = {name: model.get_submodule(name) for name in self.names}
@@ -83,6 +88,7 @@ class Guards:
         self._expected_children = [dict(children) for children in self._children]
         self._hooked = [name for name in self.names if name]  # the root's own hooks run around the graph
         self._hooks = [getattr(modules[name], hook) for name in self._hooked for hook in HOOKS]
+        self._first = next(model.parameters(), None)  # stands for all: .to() and .half() move them together
         self._sizes = _compile(self.conditions)
 
     def _changed_flag(self, model: nn.Module) -> str:
@@ -121,7 +127,8 @@ def _picked(flags: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 def _flags(module: nn.Module) -> dict[str, Any]:
     """The scalar attributes a forward may read. Of torch's own modules only those their methods name."""
-    read = _names_read(type(module)) if type(module).__module__.startswith("torch.nn.") else None
+    kind: Any = type(module)
+    read = _names_read(kind) if kind.__module__.startswith("torch.nn.") else None
     return {
         key: value
         for key, value in vars(module).items()
@@ -130,7 +137,7 @@ def _flags(module: nn.Module) -> dict[str, Any]:
 
 
 @cache
-def _names_read(kind: Any) -> frozenset[str]:
+def _names_read(kind: type) -> frozenset[str]:
     """Names that appear in the code of a class's methods, construction and printing apart."""
     names: set[str] = set()
     for parent in kind.__mro__:

@@ -57,14 +57,15 @@ def _why_whole(module: nn.Module) -> str | None:
         (parametrize.is_parametrized(module), "is parametrized"),
         (isinstance(module, torch.jit.ScriptModule), "is a ScriptModule"),
         (module._compiled_call_impl is not None, "is compiled"),
-        (_is_wrapper(module), f"is a {type(module).__name__}"),
+        (_is_wrapper(module), f"is wrapped ({type(module).__name__})"),
     )
     return next((reason for holds, reason in reasons if holds), None)
 
 
 def _is_torchs_own(module: nn.Module) -> bool:
     owner = type(module).__module__
-    return owner.startswith(("torch.nn.", "torch.ao.nn.")) and not _is_wrapper(module)
+    own = owner.startswith(("torch.nn.", "torch.ao.nn."))
+    return own and not _is_wrapper(module) and not parametrize.is_parametrized(module)
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""capture -> normalise -> annotate -> the plan's entries -> partition -> emit, for one call signature."""
+"""capture -> normalise -> annotate -> unpack -> the plan's entries -> partition -> emit, for one call signature."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rewriter.passes.emit import Emitted, emit
 from rewriter.passes.normalise import Normalise
 from rewriter.passes.partition import Partition
 from rewriter.passes.program import Program
+from rewriter.passes.unpack import Unpack
 from rewriter.runtime.ambient import Ambient
 from rewriter.runtime.ledger import Ledger
 from rewriter.runtime.region import Clock
@@ -58,7 +59,7 @@ def build(
     first, second, batches = examples(model, args, kwargs, captured.guards)
     with preserved(model), trial_run(), torch.enable_grad():
         annotate = Annotate(first, second, batches)
-        program, history = run([Normalise(), annotate, *plan, Cover(), Partition()], program)
+        program, history = run([Normalise(), annotate, Unpack(), *plan, Cover(), Partition()], program)
     log.info(
         "captured by %s in %.2f s: %d nodes, %d segments, %d regions",
         captured.front_end,

@@ -14,6 +14,7 @@ from torch import nn
 from rewriter.passes.base import Step
 from rewriter.passes.partition import readable
 from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.estimators.quality import Quality
 from rewriter.runtime.ledger import Ledger
 from rewriter.runtime.region import Clock
 
@@ -61,7 +62,8 @@ class Rewritten(nn.Module):
         forward.__signature__ = _signature(self.model, self.loss)  # type: ignore[attr-defined]
         self.__dict__["forward"] = forward
 
-    @torch.compiler.disable  # a compiled caller breaks its graph here; the emitted code is its own graph
+    # A compiled caller breaks its graph here; the emitted code is its own graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
         taped = self.training and torch.is_grad_enabled()
         output = self._taped(args, kwargs) if taped else self.model(*args, **kwargs)
@@ -116,9 +118,7 @@ class Rewritten(nn.Module):
                 remedy="pass changing numbers as tensors, pad to few shapes, or call step.recapture() to start over",
             )
         variant = undisturbed(
-            lambda: build(
-                self.model, self.plan, args, kwargs, clock=self._clock, ledger=self.ledger, rules=self._rules
-            )
+            lambda: build(self.model, self.plan, args, kwargs, clock=self._clock, ledger=self.ledger, rules=self._rules)
         )
         candidates.append(variant)
         self.__dict__["_latest"] = variant
@@ -151,6 +151,12 @@ class Rewritten(nn.Module):
     def history(self) -> tuple[Step, ...]:
         """What each pass did: the program's text, its size and the time, in order."""
         return self.latest.history
+
+    @property
+    def quality(self) -> dict[str, Quality]:
+        """By region: predicted and measured cosine, shares changed, clipped and failed, and the bias they leave out."""
+        found = {name: rule.quality for name, rule in self._rules.items()}
+        return {name: quality for name, quality in found.items() if quality is not None}
 
     def graph_module(self) -> torch.fx.GraphModule:
         """A copy of the partitioned graph, to read and play with; it shares nothing with the model."""

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import builtins
 import math
-import operator
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError, TracerBase
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .leaves import LeafPredicate, why_leaf, why_not_root
-from .proxies import Held, HeldParameter, Input, Value, is_surely_tensor, kind_of
+from .proxies import Held, HeldParameter, Input, Value, is_surely_tensor
 from .signature import Tree, flatten
+from .traced import Traced, UnfitError, describe, is_outside, names_of_tensors, place_of
 from .untouched import Attributes, RandomState
+from .watch import Watch, modes, watched_isinstance, writes
 
 # Called with a stand-in among their sizes, these become nodes; fx alone would fail on them.
 _FACTORIES = tuple(
@@ -32,29 +28,6 @@ _FACTORIES = tuple(
         "tril_indices", "triu_indices", "zeros",
     )
 )  # fmt: skip
-_OUTSIDE = ("torch", "rewriter")
-
-
-class UnfitError(Exception):
-    """A front end cannot represent the model. where: the submodule ("" is the root)."""
-
-    def __init__(self, reason: str, where: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.where = reason, where
-
-
-@dataclass
-class Traced:
-    """What a front end hands back. `outputs` describes the values in the output node's first argument."""
-
-    graph: fx.Graph
-    outputs: Tree
-    constants: dict[str, Tensor]
-    inlined: dict[str, nn.Module]
-    opaque: dict[str, str] = field(default_factory=dict)
-    failed: frozenset[str] = frozenset()
-    fixed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    conditions: tuple[str, ...] = ()
 
 
 class CaptureTracer(fx.Tracer):
@@ -81,7 +54,7 @@ class CaptureTracer(fx.Tracer):
         self._constant_names: dict[int, str] = {}
         self._calls: Counter[str] = Counter()
         self._block: tuple[tuple[str, int], ...] = ()
-        self._modes = _modes()
+        self._modes = modes()
 
     def capture(self, model: nn.Module, tree: Tree, tensors: list[Tensor], names: list[str]) -> Traced:
         """Traces model(*args, **kwargs), where tree.rebuild(tensors) is (args, kwargs). Raises UnfitError."""
@@ -90,7 +63,7 @@ class CaptureTracer(fx.Tracer):
         if reason:
             raise UnfitError(reason)
         try:
-            with _watched_isinstance(), _Watch(self._held):
+            with watched_isinstance(), Watch(self._held):
                 graph = self.trace(model)
         except Exception as error:
             raise UnfitError(describe(error)) from error
@@ -151,7 +124,8 @@ class CaptureTracer(fx.Tracer):
 
     def _inline(self, m: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs a forward on stand-ins; raises TraceError where it changes attributes or draws random numbers."""
-        attributes, random = Attributes(m), RandomState()
+        watched = [(child, Attributes(module)) for child, module in m.named_modules()]
+        attributes, random = watched[0][1], RandomState()
         stand_ins: dict[str, object] = {
             key: Held(self, f"{name}.{key}" if name else key, value)
             for key, value in vars(m).items()
@@ -161,14 +135,17 @@ class CaptureTracer(fx.Tracer):
             attributes.put(key, stand_in)
         try:
             result = forward(*args, **kwargs)
-            changed, moved = attributes.changed(stand_ins), random.moved()
-            if changed:
-                raise TraceError(f"changes its attribute `{changed}` while it runs")
+            for child, attributes_of_child in watched:
+                changed = attributes_of_child.changed(stand_ins if not child else {})
+                if changed:
+                    raise TraceError(f"changes its attribute `{child and child + '.'}{changed}` while it runs")
+            moved = random.moved()
             if moved:
                 raise TraceError(f"draws from {moved} outside the graph")
             return result
         finally:
-            attributes.restore()
+            for _, attributes_of_child in watched:
+                attributes_of_child.restore()
             random.restore()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
@@ -208,7 +185,7 @@ class CaptureTracer(fx.Tracer):
         return TracerBase.create_arg(self, a)
 
     def _name_of(self, module: nn.Module) -> str:
-        name = self._paths.get(module)
+        name: str | None = self._paths.get(module)
         if name is None:
             raise TraceError(f"calls a {type(module).__name__} that is not registered in the model")
         return name
@@ -224,7 +201,7 @@ class CaptureTracer(fx.Tracer):
         return name
 
     def _refuse_modes(self) -> None:
-        now = _modes()
+        now = modes()
         if now != self._modes:
             grad, hooks, *_ = now
             if grad != self._modes[0]:
@@ -236,108 +213,10 @@ class CaptureTracer(fx.Tracer):
     def _refuse_writes(self, kind: str, target: Any, args: Any, kwargs: Any) -> None:
         """A constant made while tracing lives as long as the graph: a write would add up from call to call."""
         written = kwargs.get("out") if kwargs else None
-        if args and _writes(kind, target):
+        if args and writes(kind, target):
             written = args[0]
         if isinstance(written, fx.Node) and written.op == "get_attr" and str(written.target) in self.constants:
             raise TraceError("writes into a tensor that was made while tracing")
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation that runs for real while tracing, and refuses those whose result must not be frozen."""
-
-    def __init__(self, held: Mapping[int, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._held = held
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and importing the compiler takes seconds
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise TraceError(f"draws random numbers outside the graph ({func})")
-        for value in args:
-            if isinstance(value, Tensor) and id(value) in self._held:
-                raise TraceError(f"computes with `{self._held[id(value)]}` outside the graph ({func})")
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _watched_isinstance() -> Iterator[None]:
-    """Answers isinstance(stand-in, ...) as the real value would, or raises where only a run can tell.
-
-    fx's own proxies would answer False, and the user's forward would take the other branch without a word.
-    """
-    plain = builtins.isinstance
-    is_tensor = torch.is_tensor.__code__
-
-    def watched(value: Any, kinds: Any, /) -> bool:
-        if not plain(value, Value):
-            return plain(value, kinds)
-        caller = sys._getframe(1)
-        if _is_outside(caller) and caller.f_code is not is_tensor:
-            return plain(value, kinds)
-        kind = kind_of(value)
-        if kind is None:
-            raise TraceError("asks for the type of a value that is only known when the model runs")
-        return issubclass(kind, kinds)
-
-    builtins.isinstance = watched
-    try:
-        yield
-    finally:
-        builtins.isinstance = plain
-
-
-def names_of_tensors(model: nn.Module) -> dict[int, str]:
-    """id -> qualified name of every parameter, buffer and plain tensor attribute; tied ones under their first name."""
-    names: dict[int, str] = {}
-    for prefix, module in model.named_modules():
-        for values in (module._parameters, module._buffers, vars(module)):
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    names.setdefault(id(value), f"{prefix}.{key}" if prefix else key)
-    return names
-
-
-def describe(error: BaseException) -> str:
-    """An exception as a reason: its first line, and the user's line it came from."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if not isinstance(error, (TraceError, UnfitError)):
-        text = f"{type(error).__name__}: {text}"
-    place = ""
-    trace = error.__traceback__
-    while trace is not None:
-        if not _is_outside(trace.tb_frame):
-            place = _place(trace.tb_frame, trace.tb_lineno)
-        trace = trace.tb_next
-    return f"{text} ({place})" if place else text
-
-
-def _modes() -> tuple[Any, ...]:
-    """What surrounds an operation in eager and is not part of a graph."""
-    enabled, target = torch.is_autocast_enabled, torch.get_autocast_dtype
-    return (
-        torch.is_grad_enabled(),
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
-        enabled("cpu"),
-        enabled("cuda"),
-        target("cpu"),
-        target("cuda"),
-    )
-
-
-_IN_PLACE = frozenset(
-    f"__{name}__"
-    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
-)
-
-
-def _writes(kind: str, target: Any) -> bool:
-    name = target if kind == "call_method" else getattr(target, "__name__", "") if kind == "call_function" else ""
-    if target in (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv):
-        return True
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _drop_unused(graph: fx.Graph) -> None:
@@ -348,19 +227,10 @@ def _drop_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _is_outside(frame: FrameType) -> bool:
-    """Whether a frame is torch's or ours rather than the user's."""
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in _OUTSIDE
-
-
-def _place(frame: FrameType, line: int) -> str:
-    return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}"
-
-
 def _source() -> str:
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and _is_outside(frame):
+    while frame is not None and is_outside(frame):
         if frame.f_code is CaptureTracer.capture.__code__:
             return ""
         frame = frame.f_back
-    return _place(frame, frame.f_lineno) if frame is not None else ""
+    return place_of(frame, frame.f_lineno) if frame is not None else ""

@@ -6,23 +6,27 @@ import operator
 import random
 import sys
 from collections import OrderedDict, deque
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_SCALARS = frozenset((type(None), bool, int, float, str, tuple))
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 
 
 class Attributes:
-    """A shallow copy of one module's attributes, one level into its containers."""
+    """A shallow copy of one module's attributes, one level into its containers and plain objects."""
 
     def __init__(self, module: nn.Module) -> None:
         self._live = vars(module)
         self._values = dict(self._live)
-        self._containers = [
-            (name, value, value.copy()) for name, value in self._values.items() if type(value) in _CONTAINERS
-        ]
+        self._containers = []
+        for name, value in self._values.items():
+            inner = value if type(value) in _CONTAINERS else _fields(value)
+            if inner is not None:
+                self._containers.append((name, inner, inner.copy()))
 
     def put(self, name: str, stand_in: object) -> None:
         """Let `stand_in` take the place of an attribute until `restore`, without counting as a change."""
@@ -48,6 +52,13 @@ class Attributes:
         for _, value, copy in self._containers:
             if not _same_items(value, copy):
                 _refill(value, copy)
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """The attributes of a plain object, None for what has none or is looked after otherwise."""
+    if type(value) in _SCALARS or isinstance(value, (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType)):
+        return None
+    return getattr(value, "__dict__", None)
 
 
 def _same_items(value: Any, copy: Any) -> bool:

@@ -35,7 +35,7 @@ class Ambient:
             autocast,
             torch._C._get_deterministic_algorithms(),
             torch._C._get_deterministic_algorithms_warn_only(),
-            torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+            torch.cuda.current_device() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
         )
 
     def enter(self) -> AbstractContextManager[None]:

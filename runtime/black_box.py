@@ -3,16 +3,18 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import RewriteError
+from .estimators.arrays import Array, divided, side_by_side
 from .estimators.estimator import Estimator
 from .estimators.options import Options, Settings
-from .estimators.probing import Batch, BatchProbes, Probed, RowProbes, divided, side_by_side
+from .estimators.probing import Batch, BatchProbes, Probed, RowProbes
 from .estimators.quality import Quality
 from .estimators.rows import LiveRows
 from .evaluator import Evaluator, ModuleEvaluator, repeat_shared
@@ -32,7 +34,7 @@ class _Memory:
     settings: dict[str, Settings] = field(default_factory=dict)
 
 
-_Estimate = Callable[[str, Probed, int], Tensor]  # group, what to probe, lost rows -> (n, d)
+_Estimate = Callable[[str, Probed, int], Array]  # group, what to probe, lost rows -> (n, d)
 
 
 class BlackBoxRule:
@@ -93,7 +95,6 @@ class BlackBoxRule:
         self._rows = rows
         return Taken(evaluator.finish(inputs, outputs), (*inputs, *outputs), _Memory(len(inputs)))
 
-    @torch.no_grad()
     def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """Gradient of each needed floating input, in its dtype; None elsewhere.
 
@@ -103,7 +104,7 @@ class BlackBoxRule:
         """
         settings: dict[str, Settings] = taken.memory.settings  # type: ignore[attr-defined]
 
-        def estimate(group: str, probed: Probed, lost: int) -> Tensor:
+        def estimate(group: str, probed: Probed, lost: int) -> Array:
             found, used, failed = self._estimators[group].gradient(
                 probed, call.key.named(group), lost, settings.get(group)
             )
@@ -114,11 +115,10 @@ class BlackBoxRule:
 
         return self._pull_back(call, taken, cotangents, needed, estimate)
 
-    @torch.no_grad()
     def exact(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """As `backward`, from every coordinate of every row at the current step, unclipped; queries count as "check"."""
 
-        def estimate(group: str, probed: Probed, lost: int) -> Tensor:
+        def estimate(group: str, probed: Probed, lost: int) -> Array:
             return self._estimators[group].exact(probed, call.key.named(group))
 
         return self._pull_back(call, taken, cotangents, needed, estimate)
@@ -186,27 +186,27 @@ class BlackBoxRule:
             self._divide(found, own, inputs, gradients)
         if whole:
             found = self._estimate(_SHARED, BatchProbes(batch, whole), rows, call, estimate)
-            self._divide(torch.full_like(found, math.nan) if rows.poisoned else found, whole, inputs, gradients)
+            self._divide(np.full_like(found, math.nan) if rows.poisoned else found, whole, inputs, gradients)
         return tuple(gradients)
 
     def _divide(
-        self, found: Tensor, positions: tuple[int, ...], inputs: tuple[Tensor, ...], gradients: list[Tensor | None]
+        self, found: Array, positions: tuple[int, ...], inputs: tuple[Tensor, ...], gradients: list[Tensor | None]
     ) -> None:
         """Puts (rows, d) into the gradients of the inputs at `positions`, summed over rows for shared ones."""
         shared = self.evaluator.shared
         widths = [inputs[i].numel() if i in shared else math.prod(inputs[i].shape[1:]) for i in positions]
         for i, part in zip(positions, divided(found, widths), strict=True):
-            total = part.sum(0) if i in shared else part
-            gradients[i] = total.reshape(inputs[i].shape).to(inputs[i].dtype)
+            total = torch.from_numpy(part.sum(0) if i in shared else part)
+            gradients[i] = total.reshape(inputs[i].shape).to(inputs[i].device, inputs[i].dtype)
 
-    def _estimate(self, group: str, probed: Probed, rows: LiveRows, call: Call, estimate: _Estimate) -> Tensor:
+    def _estimate(self, group: str, probed: Probed, rows: LiveRows, call: Call, estimate: _Estimate) -> Array:
         if rows.live:
             return estimate(group, probed, rows.lost)
         lost = rows.lost * self._estimators[group].queries_per_row
         self._estimators[group].check_failures(lost, lost)
         if lost:
             self.ledger.add(call.region, failed=lost)
-        return torch.zeros_like(probed.base)
+        return np.zeros_like(probed.base)
 
     def _batch(
         self,
@@ -217,18 +217,21 @@ class BlackBoxRule:
         contracted: tuple[int, ...],
     ) -> tuple[Batch, LiveRows]:
         evaluator = self.evaluator
-        evaluated = [*evaluator.dtypes(*inputs), *(outputs[k].dtype for k in contracted)]
-        work = reduce(torch.promote_types, (dtype for dtype in evaluated if dtype.is_floating_point), torch.float32)
+        work = torch.float32
+        for dtype in (*evaluator.dtypes(*inputs), *(outputs[k].dtype for k in contracted)):
+            if dtype.is_floating_point and dtype is not work:
+                work = torch.promote_types(work, dtype)
         incoming = side_by_side([v for k in contracted if (v := cotangents[k]) is not None], work)
         found = side_by_side([outputs[k] for k in contracted], work)
         rows = LiveRows(incoming, found)
         batch = Batch(
             evaluator=evaluator,
-            inputs=tuple(v if i in evaluator.shared else rows.take(v) for i, v in enumerate(inputs)),
+            inputs=[v if i in evaluator.shared else rows.take_tensor(v) for i, v in enumerate(inputs)],
             contracted=contracted,
             outputs=rows.take(found),
             cotangents=rows.take(incoming),
             norms=rows.norms,
+            work=work,
             rows=rows.index,
             total_rows=rows.total,
             first_row=call.rank * rows.total,

@@ -25,8 +25,10 @@ class _Tape:
     hoisted: list[Tensor] = field(default_factory=list)
 
     def recording(self) -> AbstractContextManager[Any]:
-        """Under the caller's saved-tensor hooks (checkpoint, offloading) what the tape keeps is hoisted out of it, to be
-        kept by the bridge: those hooks then see it once, in the caller's own backward."""
+        """Under the caller's saved-tensor hooks (checkpoint, offloading), hoists what the tape keeps out of it.
+
+        The bridge keeps it instead: those hooks then see it once, in the caller's own backward.
+        """
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             return nullcontext()
         return saved_tensors_hooks(self._hoist, self._fetch)
@@ -80,6 +82,10 @@ class ExactRule:
         finally:
             tape.hoisted = []
         return tuple(next(found) if need else None for need in needed)
+
+    @property
+    def quality(self) -> None:
+        return None
 
     def describe(self) -> dict[str, Any]:
         return {"rule": "exact"}

@@ -8,7 +8,7 @@ number of 64-bit words, so the words of row r begin at a counter known in advanc
 import hashlib
 import math
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ class Key:
 
     def named(self, purpose: str) -> "Key":
         """The key of an independent block, for another purpose of the same call."""
-        return replace(self, region=f"{self.region}/{purpose}")
+        return Key(self.seed, self.forward, f"{self.region}/{purpose}", self.replicate)
 
 
 class _Generator(threading.local):

@@ -37,17 +37,22 @@ class Clock:
 class Region:
     """Calls a rule as part of the ordinary tape.
 
-    `region(*inputs)` returns the region's outputs (a single one unwrapped). `trainable` yields the parameters that the
-    region reads and that require gradients, by name at each call. Without any differentiable
-    input or in no-grad mode the rule runs forward alone and keeps nothing.
+    `region(*inputs)` returns the region's outputs (a single one unwrapped): those of the rule's at the positions
+    `returned`, or all. `trainable` yields the parameters that the region reads and that require gradients, by name at
+    each call. Without any differentiable input or in no-grad mode the rule runs forward alone and keeps nothing.
     Raises RewriteError inside `torch.func` transforms, on differentiating twice through the region, and on a second
     backward without `retain_graph=True`.
     """
 
     def __init__(
-        self, name: str, rule: Rule, clock: Clock, trainable: Callable[[], tuple[Tensor, ...]] = tuple
+        self,
+        name: str,
+        rule: Rule,
+        clock: Clock,
+        trainable: Callable[[], tuple[Tensor, ...]] = tuple,
+        returned: tuple[int, ...] | None = None,
     ) -> None:
-        self.name, self.rule, self.clock, self.trainable = name, rule, clock, trainable
+        self.name, self.rule, self.clock, self.trainable, self.returned = name, rule, clock, trainable, returned
 
     def __call__(self, *inputs: Any) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -67,12 +72,14 @@ class Region:
             Ambient.now(),
         )
         if torch.is_grad_enabled() and True in needed:
-            outputs = _Bridge.apply(self.rule, call, len(inputs), *inputs, *trained)
+            outputs = _Bridge.apply(self.rule, call, len(inputs), *inputs, *trained)  # type: ignore[no-untyped-call]
         else:
             with torch.no_grad():
                 outputs = self.rule.forward(
                     replace(call, needed=(False,) * len(needed)), tuple(map(_alias, inputs)), trained
                 ).outputs
+        if self.returned is not None:
+            outputs = tuple([outputs[position] for position in self.returned])
         return outputs[0] if len(outputs) == 1 else outputs
 
 
@@ -121,7 +128,7 @@ class _Bridge(torch.autograd.Function):
             ctx.memory = _SPENT
         if twice:
             anchor = torch.zeros((), requires_grad=True)
-            gradients = _Once.apply(call.region, anchor, *gradients)
+            gradients = _Once.apply(call.region, anchor, *gradients)  # type: ignore[no-untyped-call]
         return None, None, None, *gradients
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .ambient import Ambient
+from .estimators.quality import Quality
 from .random import Key
 
 Gradients = tuple[Tensor | None, ...]
@@ -48,6 +49,11 @@ class Rule(Protocol):
 
     def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """One gradient, or None, for each input and then for each parameter; `taken.outputs` is empty here."""
+        ...
+
+    @property
+    def quality(self) -> Quality | None:
+        """How good the estimates are; None where they are exact or nothing is known yet."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def _heading(segment: dict[str, Any]) -> str:
 
 def _boxes(segment: dict[str, Any], nodes: dict[str, Any]) -> dict[str, list[str]]:
     """Box name -> node names. Reads of attributes are folded into the node that uses them."""
-    shown = [name for name in segment["nodes"] if nodes[name]["op"] != "get_attr"] or segment["nodes"]
+    read = {source for name in segment["nodes"] for source in nodes[name]["inputs"]}
+    shown = [name for name in segment["nodes"] if nodes[name]["op"] != "get_attr" or name not in read]
     found: dict[str, list[str]] = {}
     for name in shown:
         block = nodes[name]["block"]

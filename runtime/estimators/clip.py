@@ -4,9 +4,8 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
+
+from .arrays import Array, row_norms
 
 _DECAY = 0.95
 
@@ -18,23 +17,23 @@ class Clip:
         self.quantile = quantile
         self.ratio: float | None = None
 
-    def update(self, gradient: Tensor, cotangent_norms: Tensor) -> float:
+    def update(self, gradient: Array, cotangent_norms: Array) -> float:
         """The running ratio after moving it towards this batch's quantile; gradient (n, d), cotangent_norms (n,)."""
-        norms = _norms(gradient)
+        norms = row_norms(gradient)
         rank = min(len(norms) - 1, max(0, math.ceil(self.quantile * len(norms)) - 1))
         ratio = float(np.partition(norms, rank)[rank] / cotangent_norms.mean())
         self.ratio = ratio if self.ratio is None else _DECAY * self.ratio + (1 - _DECAY) * ratio
         return self.ratio
 
     @staticmethod
-    def apply(gradient: Tensor, cotangent_norms: Tensor, ratio: float) -> tuple[Tensor, float]:
+    def apply(gradient: Array, cotangent_norms: Array, ratio: float) -> tuple[Array, float]:
         """The gradient with row norms at most ratio x mean |v|, and the share of rows that were shortened."""
         limit = ratio * float(cotangent_norms.mean())
-        norms = _norms(gradient)
+        norms = row_norms(gradient)
         over = int((norms > limit).sum())
         if over:
-            factors = torch.from_numpy(limit / np.maximum(norms, limit)).to(gradient)
-            gradient = gradient * factors.unsqueeze(1)
+            factors = (limit / np.maximum(norms, limit)).astype(gradient.dtype)
+            gradient = gradient * factors[:, None]
         return gradient, over / len(norms)
 
     def get_state(self) -> dict[str, Any]:
@@ -44,9 +43,3 @@ class Clip:
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from what `get_state` returned."""
         self.ratio = state.get("ratio")
-
-
-def _norms(values: Tensor) -> npt.NDArray[np.float64]:
-    """Row norms in float64: loss scales and their inverses must not leave the range of a square."""
-    norms: npt.NDArray[np.float64] = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).cpu().numpy()
-    return norms

@@ -1,12 +1,10 @@
 """Directional derivatives of cotangent . box, from differences of stacked evaluations."""
 
-import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from .precision import full_precision
+from .arrays import Array, is_finite
 from .probing import Probed
 
 
@@ -20,9 +18,9 @@ class Slopes:
     failed, queries: number of queries that came back non-finite, and of all
     """
 
-    values: Tensor
-    usable: Tensor | None
-    changed: Tensor | None
+    values: Array
+    usable: Array | None
+    changed: Array | None
     failed: int
     queries: int
 
@@ -36,60 +34,63 @@ class Slopes:
         """Share of the usable probes that changed an output, None where unknown."""
         if self.changed is None:
             return None
-        usable = self.changed.numel() if self.usable is None else int(self.usable.sum())
-        return int(self.changed.sum()) / usable if usable else None
+        usable = self.changed.size if self.usable is None else np.count_nonzero(self.usable)
+        return int(np.count_nonzero(self.changed)) / int(usable) if usable else None
 
 
 def forward_slopes(
-    probed: Probed, directions: Tensor, spread: Tensor, step_size: float, *, want_changed: bool, **purposes: int
+    probed: Probed, directions: Array, spread: Array, length: float, *, want_changed: bool, **purposes: int
 ) -> Slopes:
     """(f(x + h u) - f(x)) / h contracted with the cotangent; one query per direction.
 
-    directions: (n, k, d); spread: (d,) the unit of every dimension; step_size: h in these units
+    directions: (n, k, d); spread: (d,) the unit of every dimension; length: h in these units
     """
-    points = torch.addcmul(probed.base.unsqueeze(1), directions, spread, value=step_size)
-    change = probed.evaluate(points, **purposes) - probed.outputs.unsqueeze(1)
-    return _contract(change, probed.cotangents, step_size, want_changed)
+    points = directions * (spread * spread.dtype.type(length))
+    points += probed.base[:, None]
+    change = probed.evaluate(points, **purposes) - probed.outputs[:, None]
+    return _contract(change, probed.cotangents, length, want_changed)
 
 
 def central_slopes(
-    probed: Probed, directions: Tensor, spread: Tensor, step_size: float, *, want_changed: bool, **purposes: int
+    probed: Probed, directions: Array, spread: Array, length: float, *, want_changed: bool, **purposes: int
 ) -> Slopes:
-    """(f(x + h u) - f(x - h u)) / 2h contracted with the cotangent; two queries per direction, one-sided where one fails."""
+    """(f(x + h u) - f(x - h u)) / 2h contracted with the cotangent; two queries per direction.
+
+    Where one of the two fails, the other and f(x) make a one-sided difference.
+    """
     count = directions.shape[1]
-    offset = directions * (spread * step_size)
-    base = probed.base.unsqueeze(1)
-    outputs = probed.evaluate(torch.cat((base + offset, base - offset), 1), **{p: 2 * a for p, a in purposes.items()})
-    plus, minus = outputs[:, :count], outputs[:, count:]
-    slopes = _contract(plus - minus, probed.cotangents, 2 * step_size, want_changed)
+    offset = directions * (spread * spread.dtype.type(length))
+    base = probed.base[:, None]
+    points = np.concatenate((base + offset, base - offset), 1)
+    outputs = probed.evaluate(points, **{purpose: 2 * amount for purpose, amount in purposes.items()})
+    plus, minus, middle = outputs[:, :count], outputs[:, count:], probed.outputs[:, None]
+    slopes = _contract(plus - minus, probed.cotangents, 2 * length, want_changed)
     slopes.queries *= 2
     if slopes.usable is None:
         return slopes
-    upper = _contract(plus - probed.outputs.unsqueeze(1), probed.cotangents, step_size, want_changed)
-    lower = _contract(probed.outputs.unsqueeze(1) - minus, probed.cotangents, step_size, want_changed)
+    upper = _contract(plus - middle, probed.cotangents, length, True)
+    lower = _contract(middle - minus, probed.cotangents, length, True)
     slopes.failed = upper.failed + lower.failed
     for side in (upper, lower):
-        found = torch.ones_like(slopes.usable) if side.usable is None else side.usable
-        slopes.values = torch.where(slopes.usable, slopes.values, side.values)
-        if slopes.changed is not None and side.changed is not None:
-            slopes.changed = torch.where(slopes.usable, slopes.changed, side.changed)
+        assert slopes.changed is not None
+        assert side.changed is not None
+        found = np.ones_like(slopes.usable) if side.usable is None else side.usable
+        slopes.values = np.where(slopes.usable, slopes.values, side.values)
+        slopes.changed = np.asarray(np.where(slopes.usable, slopes.changed, side.changed))
         slopes.usable = slopes.usable | found
     return slopes
 
 
-@full_precision
-def _contract(change: Tensor, cotangents: Tensor, step_size: float, want_changed: bool) -> Slopes:
-    values = torch.bmm(change, cotangents.unsqueeze(2)).squeeze(2).mul_(1 / step_size)
-    total = float(torch.linalg.vector_norm(values))
-    usable = None
-    if not math.isfinite(total):
-        finite = torch.isfinite(values)
-        usable = None if bool(finite.all()) else finite
+def _contract(change: Array, cotangents: Array, length: float, want_changed: bool) -> Slopes:
+    values = np.einsum("nkm,nm->nk", change, cotangents)
+    values *= values.dtype.type(1 / length)
+    usable = None if is_finite(values) else np.isfinite(values)
     if usable is not None:
-        values = values.masked_fill(~usable, 0.0)
+        values = np.where(usable, values, values.dtype.type(0))
     changed = None
-    if want_changed or total == 0 or usable is not None:
-        changed = (change != 0).any(2)
+    if want_changed or usable is not None or not values.any():
+        # a product with ones: numpy is slow at reducing many short rows
+        changed = np.abs(change) @ np.ones(change.shape[2], change.dtype) > 0
         changed = changed if usable is None else changed & usable
-    failed = 0 if usable is None else int((~usable).sum())
-    return Slopes(values, usable, changed, failed, values.numel())
+    failed = 0 if usable is None else int(usable.size - np.count_nonzero(usable))
+    return Slopes(values, usable, changed, failed, values.size)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ KINDS = ("orthogonal", "rademacher", "gaussian", "coordinate")
 def draw(
     kind: str, key: Key, rows: int, count: int, width: int, first_row: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`count` directions for every row, (rows, count, width).
+    """`count` directions for every row, (rows, count, width), contiguous.
 
     orthogonal: Haar-distributed frames of squared length `width`, in independent blocks of `width` directions;
     coordinate: sqrt(width) e_j for a random subset of the coordinates, all of them in their order at count = width;
@@ -25,16 +26,17 @@ def draw(
         return signs(key, rows, count * width, first_row).view(rows, count, width).to(dtype)
     if kind == "gaussian":
         return normal(key, rows, count * width, first_row).view(rows, count, width).to(dtype)
-    complete = _rotated_basis if kind == "orthogonal" else _basis
-    partial = _frame if kind == "orthogonal" else _coordinates
-    blocks = [complete(key.named(f"block{block}"), rows, width, first_row, dtype) for block in range(count // width)]
+    complete, partial = (_rotated_basis, _frame) if kind == "orthogonal" else (_basis, _coordinates)
+    if count < width:
+        return partial(key, rows, count, width, first_row, dtype)
+    blocks = [complete(key.named(f"block{i}"), rows, width, first_row, dtype) for i in range(count // width)]
     if count % width:
         blocks.append(partial(key, rows, count % width, width, first_row, dtype))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
 def _basis(key: Key, rows: int, width: int, first_row: int, dtype: torch.dtype) -> Tensor:
-    return (math.sqrt(width) * torch.eye(width, dtype=dtype)).expand(rows, width, width)
+    return (math.sqrt(width) * torch.eye(width, dtype=dtype)).repeat(rows, 1, 1)
 
 
 def _coordinates(key: Key, rows: int, count: int, width: int, first_row: int, dtype: torch.dtype) -> Tensor:
@@ -52,22 +54,27 @@ def _rotated_basis(key: Key, rows: int, width: int, first_row: int, dtype: torch
     basis, triangle = torch.linalg.qr(normal(key.named("rotation"), width, width).to(dtype))
     basis = basis * triangle.diagonal().sign() * math.sqrt(width)
     flips = signs(key, rows, width, first_row).to(dtype)
-    rotated: Tensor = basis * flips.unsqueeze(1)
+    rotated: Tensor = basis.contiguous() * flips.unsqueeze(1)
     return rotated
 
 
-@full_precision
 def _frame(key: Key, rows: int, count: int, width: int, first_row: int, dtype: torch.dtype) -> Tensor:
-    """Incomplete frames: the first `count` columns of a Haar rotation in each row.
+    """Incomplete frames: `count` orthogonal directions, the span of each row Haar-distributed."""
+    if count > 1:
+        return _reflections(key, rows, count, width, first_row, dtype)
+    gaussian = normal(key, rows, width, first_row).to(dtype).numpy()
+    length = np.sqrt(np.einsum("nd,nd->n", gaussian, gaussian) / gaussian.dtype.type(width))
+    return torch.from_numpy(gaussian / length[:, None]).unsqueeze(1)
+
+
+@full_precision
+def _reflections(key: Key, rows: int, count: int, width: int, first_row: int, dtype: torch.dtype) -> Tensor:
+    """The first `count` columns of a Haar rotation in each row.
 
     A product of Householder reflections of Gaussian vectors of falling length (Stewart 1980) in its compact form
     Q = I - V^T T V, with inverse(T) = unit upper triangle of V V^T once |v|^2 = 2 (Joffrain et al. 2006): stable in
     float32, with one small triangular solve per row.
     """
-    if count == 1:
-        gaussian = normal(key, rows, width, first_row).to(dtype)
-        length = torch.linalg.vector_norm(gaussian, dim=1, keepdim=True)
-        return gaussian.div_(length.mul_(1 / math.sqrt(width))).unsqueeze(1)
     vectors = normal(key, rows, count * width, first_row).view(rows, count, width).to(dtype).triu()
     diagonal = vectors.diagonal(dim1=1, dim2=2)  # (rows, count), a view
     length = torch.linalg.vector_norm(vectors, dim=2)

@@ -1,15 +1,14 @@
 """One estimator: probes, reconstruction, step, clip and quality of one group of values."""
 
-import math
 import warnings
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from rewriter.runtime.errors import RewriteError, RewriteWarning
 from rewriter.runtime.random import Key
 
+from .arrays import Array, is_finite
 from .clip import Clip
 from .differences import Slopes, central_slopes, forward_slopes
 from .options import Options, Settings
@@ -17,7 +16,7 @@ from .probing import Probed
 from .quality import Quality, QualityTracker, predicted_cosine
 from .reconstruction import average, least_squares
 from .scale import InputScale
-from .step_size import StepSize, sweep
+from .step_size import FOLLOW_ROWS, StepSize, sweep
 
 _SILENT_LIMIT = 20  # consecutive backwards in which no probe changed any output
 _AUTO_QUANTILE = 0.9
@@ -35,15 +34,17 @@ class Estimator:
         self._bounded = bounded
         self.label = label
         self.width: int | None = None
-        self.step = StepSize(None if isinstance(options.step_size, str) else options.step_size)
+        fixed = None if isinstance(options.step_size, str) else options.step_size
+        self.step = StepSize(fixed, needs_kind=options.clip == "auto")
         self.scale = InputScale(options.input_scale)
         self.clip = Clip(options.clip if isinstance(options.clip, float) else _AUTO_QUANTILE)
         self.tracker = QualityTracker()
         self._silent = 0
+        self._warned = False
 
     def gradient(
         self, probed: Probed, key: Key, lost_rows: int, frozen: Settings | None
-    ) -> tuple[Tensor, Settings, int]:
+    ) -> tuple[Array, Settings, int]:
         """Estimate (n, d), the settings it used, and the number of failed queries.
 
         lost_rows: rows that cannot be probed because the box failed at their base point; frozen: settings of an earlier
@@ -74,11 +75,11 @@ class Estimator:
             self._observe(slopes, clipped, failed / (slopes.queries + lost))
         return estimate, frozen or Settings(spread, step_size, ratio), failed
 
-    def exact(self, probed: Probed, key: Key) -> Tensor:
+    def exact(self, probed: Probed, key: Key) -> Array:
         """Estimate (n, d) from every coordinate at the current step, without clip; changes no running statistic."""
         self.width = probed.base.shape[1]
         if self.scale.known:
-            step_size, spread = self.step.value, self.scale.spread(probed.base)
+            step_size, spread = self.step.value, self.scale.spread(probed.base.dtype)
         else:
             step_size, spread = self._settle(probed, key)
         directions = probed.directions("coordinate", key, probed.base.shape[1])
@@ -95,8 +96,8 @@ class Estimator:
                 remedy="keep the box's inputs inside its domain, set a smaller step_size, or raise max_failed",
             )
 
-    def _check_finite(self, estimate: Tensor) -> None:
-        if not math.isfinite(float(estimate.sum())) and not bool(torch.isfinite(estimate).all()):
+    def _check_finite(self, estimate: Array) -> None:
+        if not is_finite(estimate):
             raise RewriteError(
                 "a black-box gradient overflowed",
                 where=self.label,
@@ -104,24 +105,34 @@ class Estimator:
                 remedy="scale the outputs of the box, or set a larger step_size",
             )
 
-    def _settle(self, probed: Probed, key: Key) -> tuple[float, Tensor]:
+    def _settle(self, probed: Probed, key: Key) -> tuple[float, Array]:
         self.scale.update(probed.base)
-        spread = self.scale.spread(probed.base)
+        spread = self.scale.spread(probed.base.dtype)
         typical = self.scale.typical
         if self.step.due(typical):
-            found = sweep(probed, self.options.directions, key, spread)
-            self.step.measured(found, self.options.difference == "central", typical)
+            found = sweep(probed, self.options.directions, key, spread, self.step.largest)
+            self.step.measured(found, self.options.difference == "central", typical, probed.base.shape[1])
+        elif self.step.follow_due:
+            self._follow_threshold(probed, key, spread)
         return self.step.value, spread
 
+    def _follow_threshold(self, probed: Probed, key: Key, spread: Array) -> None:
+        few = probed.sample(FOLLOW_ROWS)
+        directions = few.directions(self.options.directions, key.named("threshold"), 1)
+        slopes = forward_slopes(few, directions, spread, self.step.threshold, want_changed=True, step_size=1)
+        changed = slopes.changed_share
+        if changed is not None:
+            self.step.follow(changed, probed.base.shape[1])
+
     def _probe(
-        self, probed: Probed, key: Key, spread: Tensor, step_size: float, measuring: bool
-    ) -> tuple[Slopes, Tensor]:
+        self, probed: Probed, key: Key, spread: Array, step_size: float, measuring: bool
+    ) -> tuple[Slopes, Array]:
         count = self.probes
         directions = probed.directions(self.options.directions, key, count)
         purposes = {"probes": count}
         if measuring:
             extra = probed.directions(self.options.directions, key.named("quality"), 1)
-            directions = torch.cat((directions, extra), 1)
+            directions = np.concatenate((directions, extra), 1)
             purposes["quality"] = 1
         want_changed = measuring or self.step.kind != "smooth"
         return self._differences(
@@ -131,8 +142,8 @@ class Estimator:
     def _differences(
         self,
         probed: Probed,
-        directions: Tensor,
-        spread: Tensor,
+        directions: Array,
+        spread: Array,
         step_size: float,
         *,
         want_changed: bool,
@@ -141,7 +152,7 @@ class Estimator:
         differences = forward_slopes if self.options.difference == "forward" else central_slopes
         return differences(probed, directions, spread, step_size, want_changed=want_changed, **purposes)
 
-    def _reconstruct(self, directions: Tensor, slopes: Tensor, usable: Tensor | None) -> Tensor:
+    def _reconstruct(self, directions: Array, slopes: Array, usable: Array | None) -> Array:
         if self.options.reconstruction == "average":
             return average(directions, slopes, usable)
         _, count, width = directions.shape
@@ -152,16 +163,16 @@ class Estimator:
             return average(directions, slopes, usable)
         return least_squares(directions, slopes, usable)
 
-    def _measure(self, estimate: Tensor, direction: Tensor, slopes: Slopes, norms: Tensor) -> None:
+    def _measure(self, estimate: Array, direction: Array, slopes: Slopes, norms: Array) -> None:
         observed = slopes.values[:, -1]
         if slopes.usable is not None:
             rows = slopes.usable.all(1)
-            if not bool(rows.any()):
+            if not rows.any():
                 return
             estimate, direction, observed, norms = (v[rows] for v in (estimate, direction, observed, norms))
         self.tracker.measure(estimate, direction, observed, norms)
 
-    def _clip_ratio(self, estimate: Tensor, norms: Tensor) -> float | None:
+    def _clip_ratio(self, estimate: Array, norms: Array) -> float | None:
         clip = self.options.clip
         if clip is None or (clip == "auto" and self.step.kind not in ("piecewise-constant", "rough")):
             return None
@@ -183,8 +194,8 @@ class Estimator:
                 why=f"it is constant over a step of {self.absolute_step:.2e}, so its gradient came out zero",
                 remedy=remedy,
             )
-        if self._silent == 1:
-            # `warnings` shows a text once per place, so a box that falls silent again stays one warning
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"no probe changed any output of {self.label}: its gradient is zero here; {remedy}", RewriteWarning, 2
             )

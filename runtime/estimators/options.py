@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from rewriter.runtime.errors import RewriteError
 
+from .arrays import Array
 from .directions import KINDS
 
 
@@ -50,7 +49,7 @@ class Settings:
     spread: (d,) the unit of every dimension; step_size: in these units; clip_ratio: None where no row is clipped
     """
 
-    spread: Tensor
+    spread: Array
     step_size: float
     clip_ratio: float | None
 

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from .arrays import Array
 
 EVERY = 50  # backwards between two measurements
 _DECAY = 0.95
@@ -78,13 +79,10 @@ class QualityTracker:
         self.clipped = _running(self.clipped, clipped, _DECAY)
         self.failed = _running(self.failed, failed, _DECAY)
 
-    def measure(self, estimate: Tensor, direction: Tensor, observed: Tensor, norms: Tensor) -> None:
-        """One extra probe per row: estimate, direction (n, d), observed (n,) = u.g, rows weighted by 1 / |v|^2, norms (n,)."""
-        predicted = (estimate.double() * direction.double()).sum(1) / norms
-        products = (
-            float((predicted * observed.double() / norms).mean()),
-            float(predicted.square().mean()),
-        )
+    def measure(self, estimate: Array, direction: Array, observed: Array, norms: Array) -> None:
+        """One extra probe per row: estimate, direction (n, d); observed (n,) = u.g; norms (n,) of the cotangents."""
+        predicted = np.einsum("nd,nd->n", estimate, direction, dtype=np.float64) / norms
+        products = (float((predicted * observed / norms).mean()), float((predicted * predicted).mean()))
         before = products if self._products is None else self._products
         self._products = (
             _running(before[0], products[0], _MEASURE_DECAY),

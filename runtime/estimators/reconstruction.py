@@ -1,53 +1,50 @@
 """From directional derivatives back to a gradient, row by row."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import Array
 from .precision import full_precision
 
 _WORST_PIVOT = 1e-4  # below it the normal equations have lost half of float64's digits
 
 
-def average(directions: Tensor, slopes: Tensor, usable: Tensor | None) -> Tensor:
+def average(directions: Array, slopes: Array, usable: Array | None) -> Array:
     """Mean of slope x direction over the usable probes, (rows, width); zero where a row has none.
 
-    directions: (rows, probes, width); slopes: (rows, probes); usable: (rows, probes) bool, None where all are.
-    Unbiased as E[u u^T] = I. For an orthogonal set that does not exceed the width it is the scaled least-squares solution.
+    directions: (rows, probes, width); slopes: (rows, probes), zero where not usable; usable: bool, None where all are.
+    Unbiased as E[u u^T] = I. For orthogonal sets that do not exceed the width it is the scaled least-squares solution.
     """
-    if directions.shape[1] == 1 and usable is None:
+    if directions.shape[1] == 1:
         return slopes * directions[:, 0]
-    if usable is None:
-        return _combine(directions, slopes / slopes.shape[1])
-    counts = usable.sum(1, keepdim=True).clamp_(min=1)
-    return _combine(directions, slopes.masked_fill(~usable, 0.0) / counts)
+    counts = slopes.shape[1] if usable is None else np.maximum(np.count_nonzero(usable, 1, keepdims=True), 1)
+    weights = slopes / np.asarray(counts, slopes.dtype)
+    combined: Array = np.matmul(weights[:, None], directions)[:, 0]
+    return combined
 
 
 @full_precision
-def least_squares(directions: Tensor, slopes: Tensor, usable: Tensor | None) -> Tensor:
-    """Minimum-norm solution of `direction . gradient = slope` over the usable probes, times width / rank: (rows, width).
+def least_squares(directions: Array, slopes: Array, usable: Array | None) -> Array:
+    """Minimum-norm solution of direction . gradient = slope over the usable probes, times width / rank: (rows, width).
 
-    The projection on a random subspace of that rank has mean rank / width, so the scale makes it unbiased. Gram matrices
-    are factorised in float64; rows with dependent directions go through a singular value decomposition.
+    The projection on a random subspace of that rank has mean rank / width, so the scale makes it unbiased. Gram
+    matrices are factorised in float64; rows with dependent directions go through a singular value decomposition.
     """
     rows, count, width = directions.shape
-    wide = directions.to(torch.float64)
-    target = slopes.to(torch.float64)
-    if usable is not None:
-        wide = wide * usable.unsqueeze(2)
-        target = target.masked_fill(~usable, 0.0)
+    wide, target = torch.from_numpy(directions).double(), torch.from_numpy(slopes).double()
+    kept = torch.full((rows,), count)
     under = count <= width
+    if usable is not None:
+        mask = torch.from_numpy(usable)
+        wide, kept = wide * mask.unsqueeze(2), mask.sum(1)
     gram = torch.bmm(wide, wide.transpose(1, 2)) if under else torch.bmm(wide.transpose(1, 2), wide)
-    kept = torch.full((rows,), count, dtype=torch.int64, device=wide.device) if usable is None else usable.sum(1)
     if under and usable is not None:
-        gram.diagonal(dim1=1, dim2=2).add_(
-            (~usable) * float(width)
-        )  # a lost probe becomes an equation of its own: 0 = 0
+        gram.diagonal(dim1=1, dim2=2).add_(~mask * float(width))  # a lost probe becomes an equation of its own: 0 = 0
     factor, failed = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal(dim1=1, dim2=2)
-    dependent = (failed != 0) | (pivots.amin(1) < _WORST_PIVOT * pivots.amax(1))
-    factor = torch.where(
-        dependent[:, None, None], torch.eye(gram.shape[1], dtype=factor.dtype, device=factor.device), factor
-    )
+    dependent = (failed != 0) | ~(pivots.amin(1) >= _WORST_PIVOT * pivots.amax(1))
+    factor = torch.where(dependent[:, None, None], torch.eye(gram.shape[1], dtype=factor.dtype), factor)
     if under:
         solution = _combine(wide, torch.cholesky_solve(target.unsqueeze(2), factor).squeeze(2))
     else:
@@ -55,7 +52,8 @@ def least_squares(directions: Tensor, slopes: Tensor, usable: Tensor | None) -> 
     solution *= (width / kept.clamp(1, width)).unsqueeze(1)
     if bool(dependent.any()):
         solution[dependent] = _through_singular_values(wide[dependent], target[dependent])
-    return solution.to(directions.dtype)
+    found: Array = solution.numpy().astype(directions.dtype)
+    return found
 
 
 def _through_singular_values(directions: Tensor, slopes: Tensor) -> Tensor:
@@ -63,8 +61,8 @@ def _through_singular_values(directions: Tensor, slopes: Tensor) -> Tensor:
     cutoff = values.amax(1, keepdim=True) * (1e-12 * max(directions.shape[1:]))
     inside = values > cutoff
     weights = _combine(left, slopes).masked_fill(~inside, 0.0) / values.masked_fill(~inside, 1.0)
-    rank = inside.sum(1, keepdim=True).clamp(min=1)
-    return _combine(right, weights) * (directions.shape[2] / rank)
+    scale = directions.shape[2] / inside.sum(1, keepdim=True).clamp(min=1)
+    return torch.mul(_combine(right, weights), scale)
 
 
 @full_precision

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from rewriter.runtime.errors import RewriteError
+
+from .arrays import Array
 
 _DECAY = 0.95
 _EVERY = 5  # batches, once the first few have been seen
@@ -32,22 +33,19 @@ class InputScale:
         self._units: _Vector | None = None
         self._typical = 1.0
         self._age = 0
-        self._cached: Tensor | None = None
 
-    def update(self, base: Tensor) -> None:
+    def update(self, base: Array) -> None:
         """Moves the running statistics towards those of `base`, (rows, d): at first every time, then every fifth."""
         if self._units is not None and len(self._units) == base.shape[1]:
             self._age += 1
             if self._fixed is not None or (self._age > _EVERY and self._age % _EVERY):
                 return
-        self._cached = None
         if self._fixed is not None:
             self._units = self._broadcast(base.shape[1])
             self._typical = _geometric_mean(self._units)
             return
-        values = base.detach().cpu().numpy()
-        mean = values.mean(0, dtype=np.float64)
-        variance = values.var(0, dtype=np.float64)
+        mean = base.mean(0, dtype=np.float64)
+        variance = base.var(0, dtype=np.float64)
         if self._mean is None or self._variance is None or self._mean.shape != mean.shape:
             self._mean, self._variance, self._age = mean, variance, 0
         elif not np.isfinite(mean + variance).all():
@@ -70,12 +68,10 @@ class InputScale:
             )
         return np.broadcast_to(self._fixed, (width,)).copy()
 
-    def spread(self, like: Tensor) -> Tensor:
-        """(d,) the unit of every dimension, in the dtype and on the device of `like`."""
+    def spread(self, dtype: np.dtype[Any]) -> Array:
+        """(d,) the unit of every dimension."""
         assert self._units is not None, "update() comes first"
-        if self._cached is None or self._cached.dtype != like.dtype or self._cached.device != like.device:
-            self._cached = torch.from_numpy(self._units).to(like)
-        return self._cached
+        return self._units.astype(dtype)
 
     @property
     def known(self) -> bool:
@@ -97,7 +93,7 @@ class InputScale:
         self._mean, self._variance, self._units = (
             state[name].numpy().copy() if name in state else None for name in ("mean", "variance", "units")
         )
-        self._age, self._cached = state["age"], None
+        self._age = state["age"]
         self._typical = 1.0 if self._units is None else _geometric_mean(self._units)
 
 

@@ -9,11 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rewriter.runtime.random import Key
 
+from .arrays import Array
 from .probing import Probed
 
 BoxKind = Literal["smooth", "piecewise-constant", "rough", "unknown"]
@@ -22,9 +24,13 @@ SETUP_QUERIES = 110
 CHANGED_TARGET = 0.95
 _SAMPLES = 3  # base rows, each with a direction of its own
 _FINEST = -17  # half decades below the input scale: 2 x 18 steps x 3 rows stay within SETUP_QUERIES
-_AGREEMENT = 0.1  # relative difference of neighbouring steps below which there is a plateau
+_AGREEMENT = 0.2  # relative difference of neighbouring steps below which there is a plateau
 _REMEASURE_EVERY = 1000
 _REMEASURE_DRIFT = 2.0
+FOLLOW_EVERY = 10  # backwards
+FOLLOW_ROWS = 32
+_MOST_WIDENING = 13.0  # some forty pieces crossed by a probe, however many coordinates there are
+_LARGEST_WIDENED = 4.0  # in units of the input scale: further out there is no data
 _NORMAL_QUANTILE = 1.645  # of a standard normal at CHANGED_TARGET
 
 
@@ -42,18 +48,18 @@ class Sweep:
     weights: Tensor
 
 
-def sweep(probed: Probed, kind: str, key: Key, spread: Tensor) -> Sweep:
+def sweep(probed: Probed, kind: str, key: Key, spread: Array, largest: float = 1.0) -> Sweep:
     """Evaluates a few rows of `probed` at every candidate step on both sides, in one stacked call."""
     sample = probed.sample(_SAMPLES)
     finest = max(_FINEST, math.ceil(2 * math.log10(3 * sample.epsilon)))
-    steps = torch.tensor([10.0 ** (half / 2) for half in range(0, finest - 1, -1)], dtype=torch.float64)
-    offsets = sample.directions(kind, key.named("step size"), 1) * spread * steps.to(spread)[:, None]  # (n, s, d)
-    base = sample.base.unsqueeze(1)
-    count = len(steps)
-    outputs = sample.evaluate(torch.cat((base + offsets, base - offsets), 1), step_size=2 * count).double().cpu()
-    return Sweep(
-        steps, sample.outputs.double().cpu(), outputs[:, :count], outputs[:, count:], sample.cotangents.double().cpu()
-    )
+    steps = largest * 10.0 ** (np.arange(0, finest - 1, -1) / 2)
+    offsets = sample.directions(kind, key.named("step size"), 1) * spread * steps.astype(spread.dtype)[:, None]
+    base = sample.base[:, None]
+    points = np.concatenate((base + offsets, base - offsets), 1)  # (n, 2s, d)
+    outputs = torch.from_numpy(sample.evaluate(points, step_size=2 * len(steps))).double()
+    plus, minus = outputs[:, : len(steps)], outputs[:, len(steps) :]
+    known, weights = torch.from_numpy(sample.outputs).double(), torch.from_numpy(sample.cotangents).double()
+    return Sweep(torch.from_numpy(steps), known, plus, minus, weights)
 
 
 def choose(found: Sweep, central: bool) -> tuple[float, BoxKind]:
@@ -128,73 +134,94 @@ def _typical_threshold(steps: Tensor, moved: Tensor) -> float:
 class StepSize:
     """The step in use, in units of the input scale: fixed, or measured and followed.
 
-    A fixed step leaves the kind of box "unknown" until a probe changes nothing.
+    On piecewise-constant boxes the threshold is the step at which 95 % of probes change an output. A probe moves all
+    coordinates at once, so at its threshold it crosses some three pieces in all; the step in use is as much longer as one
+    needs to cross them along each coordinate: the mean of |u|_1 = .8 d, but no more than _MOST_WIDENING.
     """
 
-    def __init__(self, fixed: float | None) -> None:
+    def __init__(self, fixed: float | None, needs_kind: bool) -> None:
+        """needs_kind: measure what kind of box it is even where the step is fixed."""
         self.fixed = fixed is not None
         self.value = fixed if fixed is not None else 1.0
         self.kind: BoxKind = "unknown"
-        self._stale = fixed is None
+        self._threshold = self.value
+        self._stale = fixed is None or needs_kind
+        self._grown = False
         self._age = 0
         self._measured_at_scale = 1.0
         self._followed = 0
 
     def due(self, typical_scale: float) -> bool:
         """Whether to measure before the next backward: never yet, inputs drifted twofold, or a thousand backwards ago."""
-        if self.fixed:
-            return False
-        if self._stale:
-            return True
-        if self.follows:
-            return False
+        if self._stale or self.fixed or self.kind not in ("smooth", "rough"):
+            return self._stale
         drift = typical_scale / self._measured_at_scale
         return self._age >= _REMEASURE_EVERY or not 1 / _REMEASURE_DRIFT <= drift <= _REMEASURE_DRIFT
 
     @property
-    def follows(self) -> bool:
-        """Whether the step is adapted to the share of probes that changed an output."""
-        return not self.fixed and self.kind in ("piecewise-constant", "unknown")
+    def largest(self) -> float:
+        """The largest step worth measuring at: the input scale, or where growing from there has led."""
+        return max(1.0, self.value) if self.kind == "unknown" and not self.fixed else 1.0
 
-    def measured(self, found: Sweep, central: bool, typical_scale: float) -> None:
-        """Takes over what a sweep says."""
-        self.value, self.kind = choose(found, central)
-        self._stale, self._age, self._measured_at_scale = False, 0, typical_scale
+    def measured(self, found: Sweep, central: bool, typical_scale: float, width: int) -> None:
+        """Takes over what a sweep says; of a fixed step only the kind of box."""
+        step, self.kind = choose(found, central)
+        self._stale, self._age, self._measured_at_scale, self._grown = False, 0, typical_scale, False
+        if not self.fixed:
+            self.value = self._threshold = step
+            if self.kind == "piecewise-constant":
+                self._followed = 0
+                self._widen(width)
+
+    @property
+    def follow_due(self) -> bool:
+        """Whether to spend a few queries at the threshold."""
+        return not self.fixed and self.kind == "piecewise-constant" and self._age % FOLLOW_EVERY == 0
+
+    @property
+    def threshold(self) -> float:
+        """The step at which 95 % of probes change an output."""
+        return self._threshold
+
+    def follow(self, changed: float, width: int) -> None:
+        """Moves the threshold, given the share of probes that changed an output there.
+
+        Robbins-Monro on its logarithm. If pieces are crossed at random, the share has slope .15 at 95 %, so that gains up
+        to 7 converge; it stays at 2 so that the step goes on following the inputs.
+        """
+        gain = 2.0 + 4.0 / (1.0 + self._followed / 3)
+        self._followed += 1
+        self._threshold *= math.exp(max(-0.35, min(gain * (CHANGED_TARGET - changed), 0.7)))
+        self._widen(width)
+
+    def _widen(self, width: int) -> None:
+        widening = min(max(1.0, 0.8 * width), _MOST_WIDENING)
+        self.value = max(self._threshold, min(widening * self._threshold, _LARGEST_WIDENED))
 
     def observe(self, changed: float | None) -> None:
         """After one backward: the share of its probes that changed an output, None where nobody looked.
 
-        Robbins-Monro on the logarithm of the step: at the density of the threshold there, a gain of a few units settles
-        in tens of backwards; it stays at one so that the step goes on following the inputs.
+        A step at which nothing changes grows, and once something does it is measured again from there.
         """
         self._age += 1
-        if changed is None:
-            return
-        if self.fixed:
-            if changed < 1.0:
+        if changed is None or self.fixed:
+            if self.kind == "unknown" and changed is not None and changed < 1:
                 self.kind = "piecewise-constant"
-        elif self.follows:
-            gain = 1.0 + 3.0 / (1.0 + self._followed / 5)
-            self._followed += 1
-            self.value *= math.exp(max(-0.35, min(gain * (CHANGED_TARGET - changed), 0.7)))
-            if self.kind == "unknown" and changed > 0:
-                self._stale = True  # found where the box reacts: measure there
         elif changed == 0:
             self.value *= 2.0
+            self._threshold *= 2.0
+            self._grown = True
+        elif self._grown or self.kind == "unknown":
             self._stale = True
 
     def get_state(self) -> dict[str, Any]:
-        """Numbers and strings."""
-        return {
-            "value": self.value,
-            "kind": self.kind,
-            "stale": self._stale,
-            "age": self._age,
-            "scale": self._measured_at_scale,
-            "followed": self._followed,
-        }
+        """Numbers, strings and flags."""
+        return {name.lstrip("_"): getattr(self, name) for name in _STATE}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from what `get_state` returned."""
-        self.value, self.kind, self._stale = state["value"], state["kind"], state["stale"]
-        self._age, self._measured_at_scale, self._followed = state["age"], state["scale"], state["followed"]
+        for name in _STATE:
+            setattr(self, name, state[name.lstrip("_")])
+
+
+_STATE = ("value", "kind", "_threshold", "_stale", "_grown", "_age", "_measured_at_scale", "_followed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ ROWS = 16  # of the batch; the test is about the box, not about the batch
 def remainder_order(
     rule: BlackBoxRule, call: Call, inputs: tuple[Any, ...], cotangents: Gradients, gradients: Gradients
 ) -> float:
-    """Largest observed order p of R(h) = sum over rows |v.(f(x + h u) - f(x)) - h g.u| ~ h^p along one random direction.
+    """Largest order p seen in R(h) = sum over rows |v.(f(x + h u) - f(x)) - h g.u| ~ h^p along one random direction.
 
     2 for the derivative of a smooth f (Taylor), 1 for a wrong gradient, 0 where differences are noise. Infinite where
     the remainder is below rounding everywhere (f is linear). Queries count as "check".
@@ -38,10 +39,11 @@ def remainder_order(
         if gradient is not None and i not in evaluator.shared
     }
     kept = [(k, v[:few]) for k, v in enumerate(cotangents) if v is not None]
-    predicted = sum(
-        (gradients[i][:few].double() * move.double()).flatten(1).sum(1)  # type: ignore[index]
-        for i, move in moves.items()
-    )
+    predicted = torch.zeros(few, dtype=torch.float64)
+    for i, move in moves.items():
+        gradient = gradients[i]
+        assert gradient is not None
+        predicted = predicted.to(move.device) + (gradient[:few].double() * move.double()).flatten(1).sum(1)
 
     def objective(step: float) -> Tensor:
         points = [v + step * moves[i] if i in moves else v for i, v in enumerate(wide)]
@@ -61,7 +63,7 @@ def _order(remainders: list[float], noise: float) -> float:
         return math.inf
     orders = [
         math.log2(larger / smaller)
-        for larger, smaller in zip(remainders, remainders[1:], strict=False)
+        for larger, smaller in itertools.pairwise(remainders)
         if smaller > noise and larger > 0
     ]
     return max(orders, default=0.0)

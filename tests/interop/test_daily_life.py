@@ -183,6 +183,7 @@ def test_full_backward_hooks_of_submodules_and_of_the_root():
     for key, model in (("eager", eager), ("step", step.model)):
         for name in ("one", "norm", ""):
             module = model.get_submodule(name)
+
             def keep(module, inputs, outputs, key=key, name=name):
                 seen[key, name] = outputs[0].clone()
 

@@ -1,4 +1,4 @@
-"""DDP over gloo with 1 and 2 ranks, and `no_sync`: gradients equal eager DDP, and 2 ranks equal 1 with the whole batch."""
+"""DDP over gloo with 1 and 2 ranks, and `no_sync`: what 2 ranks compute equals one process with the whole batch."""
 
 import copy
 
@@ -96,7 +96,7 @@ def test_ddp_with_one_and_two_ranks(tmp_path):
 
 
 def test_the_comparison_can_fail():
-    """Other random numbers give another gradient: the ranks above agree because rows, not processes, own the numbers."""
+    """Other random numbers give another gradient: the ranks above agree because rows, not processes, own them."""
     whole = single()
     step = rewrite(copy.deepcopy(make()), PLAN, loss=F.cross_entropy, seed=1)
     for x, y in zip(*data(), strict=True):

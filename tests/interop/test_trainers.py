@@ -61,7 +61,11 @@ def test_lightning():
 
     module = Module()
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=8))
@@ -87,8 +91,16 @@ def test_hugging_face(tmp_path):
     x, y = data()
     rows = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=1, per_device_train_batch_size=8, learning_rate=0.1, report_to=[],
-        lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, save_strategy="epoch", disable_tqdm=True,
+        output_dir=str(tmp_path),
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        learning_rate=0.1,
+        report_to=[],
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        use_cpu=True,
+        save_strategy="epoch",
+        disable_tqdm=True,
     )
     optimizer = torch.optim.SGD(step.parameters(), lr=0.1, momentum=0.9)
 

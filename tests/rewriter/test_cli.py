@@ -107,6 +107,15 @@ def test_training_stops_at_the_budget(forest: Path) -> None:
     assert curve.steps == 3
 
 
+@pytest.mark.parametrize("method", list(random_forest.METHODS))
+def test_the_same_seed_gives_the_same_curve(forest: Path, method: str) -> None:
+    def curve(seed: int) -> tuple[list[int], list[float]]:
+        found, _ = random_forest.train(method, forest, seed, budget=10_000)
+        return found.rows, found.accuracy
+
+    assert curve(0) == curve(0) != curve(1)
+
+
 class SmoothNetwork(nn.Module):
     """A network whose middle autograd can differentiate too."""
 

@@ -23,7 +23,7 @@ class Exact(Entry):
             regions += found
         return program.with_(regions=tuple(regions))
 
-    def rule(self, program, region, segment, ledger):
+    def rule(self, program, region, segment, ledger, known):
         return ExactRule(segment, ledger)
 
 
@@ -34,7 +34,7 @@ class Wrong(Exact):
     name: ClassVar[str] = "wrong"
     factor: float = 0.5
 
-    def rule(self, program, region, segment, ledger):
+    def rule(self, program, region, segment, ledger, known):
         return _Scaled(segment, ledger, self.factor)
 
 
