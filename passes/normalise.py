@@ -32,10 +32,9 @@ class Normalise(Pass):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         places = _Places(program, graph)
-        for node in list(graph.nodes):
-            if node.op == "get_attr":
-                _localise(graph, node, places)
-        return program.with_(graph=graph)
+        for reads in _reads(graph):
+            _localise(graph, reads, places)
+        return program.edited(graph)
 
 
 class _Places:
@@ -64,26 +63,35 @@ class _Places:
         return (user if depth == len(block) else self._first[block[: depth + 1]]), block[:depth]
 
 
-def _localise(graph: fx.Graph, read: fx.Node, places: _Places) -> None:
-    """One read for each place that wants one; a read that is an output of the model stays as it is."""
-    wanted: dict[tuple[fx.Node, Block], list[fx.Node]] = {}
-    for user in read.users:
-        if user.op != "output":
-            wanted.setdefault(places.before(read, user), []).append(user)
-    taken = any(user.op == "output" for user in read.users)
-    for (anchor, block), users in wanted.items():
-        if taken:
-            with graph.inserting_before(anchor):
-                own = graph.get_attr(str(read.target))
-            own.meta = dict(read.meta)
+def _reads(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The reads of each attribute."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        found.setdefault(str(node.target), []).append(node)
+    return list(found.values())
+
+
+def _localise(graph: fx.Graph, reads: list[fx.Node], places: _Places) -> None:
+    """One read for each place that wants one; a read that is an output of the model stays where it is."""
+    wanted: dict[tuple[fx.Node, Block], list[tuple[fx.Node, fx.Node]]] = {}
+    for read in reads:
+        for user in read.users:
+            if user.op != "output":
+                wanted.setdefault(places.before(read, user), []).append((user, read))
+    free = [read for read in reads if all(user.op != "output" for user in read.users)]
+    for (anchor, block), uses in wanted.items():
+        if free:
+            own = free.pop(0)
         else:
-            own, taken = read, True
-            anchor.prepend(read)
+            own = graph.get_attr(str(reads[0].target))
+            own.meta = dict(reads[0].meta)
+        anchor.prepend(own)
         own.meta["block"] = block
-        for user in users:
+        for user, read in uses:
             user.replace_input_with(read, own)
-    if not read.users:
-        graph.erase_node(read)
+    for read in reads:
+        if not read.users:
+            graph.erase_node(read)
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:

@@ -109,7 +109,7 @@ class Program:
         return replace(self, **changes)
 
     def edit(self) -> fx.Graph:
-        """A copy of the graph with the same node names, to change and hand to `with_(graph=...)`."""
+        """A copy of the graph with the same node names, to change and hand to `edited`."""
         copy = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -117,6 +117,11 @@ class Program:
             if new.name != node.name:
                 raise AssertionError(f"the copy of node {node.name} is called {new.name}")
         return copy
+
+    def edited(self, graph: fx.Graph) -> Program:
+        """With what became of a copy made by `edit()`; the same program where nodes, order and blocks are the same."""
+        old, new = ([(node.name, node.meta.get("block")) for node in each.nodes] for each in (self.graph, graph))
+        return self if old == new else self.with_(graph=graph)
 
     @cached_property
     def _nodes(self) -> dict[str, fx.Node]:

@@ -38,8 +38,7 @@ class Unpack(Pass):
             last.get(source, source).append(node)
             last[source] = node
             node.meta["block"] = source.meta.get("block", ())
-        same = [node.name for node in graph.nodes] == [node.name for node in program.graph.nodes]
-        return program.with_(graph=graph) if items or not same else program
+        return program.edited(graph)
 
 
 def _is_item(node: fx.Node, program: Program) -> bool:

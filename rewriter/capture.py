@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,9 @@ from .shadow import prove as prove_graph
 from .signature import Tree, flatten, tree_of_call
 from .traced import Traced, UnfitError, describe
 from .tracer import CaptureTracer
+
+if TYPE_CHECKING:
+    from .exporter import Sizes
 
 log = logging.getLogger("rewriter")
 
@@ -66,11 +69,14 @@ def capture(
     kwargs: Mapping[str, Any],
     *,
     leaves: LeafPredicate = never,
+    sizes: Sizes = "rows",
     prove: bool = True,
 ) -> Capture:
     """Capture the training forward of `model` for the signature of this call.
 
     leaves: (module, qualified name) -> whether to keep the module as one call.
+    sizes:  what torch.export leaves open: "rows" (the first dimension of every tensor) or "all", which takes about
+            twice as long; worth it from the second length on. fx leaves open whatever Python does not ask for.
     prove:  compare the graph with the model (see `shadow.prove`); a front end whose graph differs is passed over.
 
     Tried in order: fx; fx with the sizes of the arguments fixed, but for their first dimension; torch.export. A graph
@@ -78,7 +84,7 @@ def capture(
     the random states are left as they were. Raises RewriteError naming the submodule and every front end's reason.
     """
     start = time.perf_counter()
-    attempt = _Attempt(model, args, kwargs, leaves, prove)
+    attempt = _Attempt(model, args, kwargs, leaves, sizes, prove)
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user's forward warns again when it runs for real
         found = attempt.first_that_holds()
@@ -90,9 +96,16 @@ class _Attempt:
     """One capture: tries the front ends and collects why each was passed over."""
 
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: LeafPredicate, prove: bool
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        leaves: LeafPredicate,
+        sizes: Sizes,
+        prove: bool,
     ) -> None:
-        self.model, self.args, self.kwargs, self.leaves, self.prove = model, args, kwargs, leaves, prove
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.leaves, self.sizes, self.prove = leaves, sizes, prove
         self.tensors, self.tree = tree_of_call(args, kwargs)
         self.names = _argument_names(model, args, kwargs)
         self.reasons: dict[str, tuple[str, str]] = {}
@@ -131,7 +144,7 @@ class _Attempt:
         from .exporter import export  # brings in much of torch that most models never need
 
         try:
-            return export(self.model, self.tree, self.tensors, self.names)
+            return export(self.model, self.tree, self.tensors, self.names, self.sizes)
         except UnfitError as unfit:
             self._note(_EXPORT, unfit)
             return None

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from .shadow import preserved
 from .signature import Tree, flatten
 from .traced import Traced, UnfitError, describe
 from .untouched import Attributes
+
+Sizes = Literal["rows", "all"]
+# How many leading dimensions are left open, one attempt after the other.
+_TRIED: dict[Sizes, tuple[int | None, ...]] = {"rows": (1, 0), "all": (None, 1, 0)}
 
 
 class _Seen:
@@ -55,20 +59,21 @@ class _Flat(nn.Module):
         return tuple(leaves)
 
 
-def export(model: nn.Module, tree: Tree, tensors: list[Tensor], names: list[str]) -> Traced:
-    """Captures model(*args, **kwargs) with torch.export, every size dynamic that can be.
+def export(model: nn.Module, tree: Tree, tensors: list[Tensor], names: list[str], sizes: Sizes) -> Traced:
+    """Captures model(*args, **kwargs) with torch.export; tree.rebuild(tensors) is (args, kwargs).
 
-    tree.rebuild(tensors) is (args, kwargs). The graph is flat: regions without gradients become detached values, every
-    get_attr stands next to its use and names the user's own tensor. Sizes torch.export fixed or related to each other
-    come back as `conditions`. Raises UnfitError.
+    sizes: which may change from call to call: the first dimension of every tensor, or each that can.
+    The graph is flat: regions without gradients become detached values, every get_attr stands next to its use and
+    names the user's own tensor. Sizes torch.export fixed or related to each other come back as `conditions`.
+    Raises UnfitError.
     """
     reason = why_not_root(model)
     if reason:
         raise UnfitError(reason)
     _refuse_modules(model)
-    for dynamic in (range, lambda dimensions: range(min(dimensions, 1)), lambda dimensions: range(0)):
+    for dimensions in _TRIED[sizes]:
         flat = _Flat(model, tree)
-        shapes = tuple(dict.fromkeys(dynamic(tensor.ndim), Dim.AUTO) for tensor in tensors)
+        shapes = tuple(dict.fromkeys(range(tensor.ndim)[:dimensions], Dim.AUTO) for tensor in tensors)
         try:
             program = _run(flat, tensors, shapes)
             break

@@ -65,17 +65,23 @@ class Rewritten(nn.Module):
     # A compiled caller breaks its graph here; the emitted code is its own graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
+        loss = self.loss
+        if target is not None and not (loss is not None and loss.takes_target):
+            kwargs["target"], target = self._for_the_model(target), None
         taped = self.training and torch.is_grad_enabled()
         output = self._taped(args, kwargs) if taped else self.model(*args, **kwargs)
-        if self.loss is None:
-            if target is not None:
-                raise RewriteError(
-                    "a target was passed and there is no loss", remedy="rewrite(model, plan, loss=...) names the loss"
-                )
+        if loss is None or (target is None and loss.takes_target):
             return output
-        if target is None and self.loss.takes_target:
-            return output
-        return self.loss(output, target)
+        return loss(output, target)
+
+    def _for_the_model(self, target: Any) -> Any:
+        """A target that no loss takes, where the model's own forward has an argument of that name."""
+        if "target" not in self.__dict__["forward"].__signature__.parameters:
+            raise RewriteError(
+                "a target was passed and there is no loss that takes it",
+                remedy="rewrite(model, plan, loss=...) names the loss, called as loss(output, target)",
+            )
+        return target
 
     def _taped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         variant, tensors = self._variant(args, kwargs)
@@ -121,6 +127,7 @@ class Rewritten(nn.Module):
             lambda: build(self.model, self.plan, args, kwargs, clock=self._clock, ledger=self.ledger, rules=self._rules)
         )
         candidates.append(variant)
+        self._share_children()  # one may have been replaced
         self.__dict__["_latest"] = variant
         return variant, tensors
 
@@ -184,6 +191,19 @@ class Rewritten(nn.Module):
         self.model.train(mode)
         self.__dict__["training"] = mode
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A module, parameter or buffer set here is set on the model, whose forward reads it."""
+        if isinstance(value, nn.Module | nn.Parameter) or name in self._modules or name in self._buffers:
+            setattr(self.model, name, value)
+            self._share_children()
+        else:
+            super().__setattr__(name, value)
+
+    def _share_children(self) -> None:
+        learnt = self._modules["rewriter"]
+        self._modules.clear()
+        self._modules.update(self.model._modules, rewriter=learnt)
 
     def __getattr__(self, name: str) -> Any:
         state = self.__dict__

@@ -68,6 +68,9 @@ class CaptureTracer(fx.Tracer):
         except Exception as error:
             raise UnfitError(describe(error)) from error
         _drop_unused(graph)
+        for node in graph.nodes:
+            # fx would otherwise write `torch.fx.wrap(...)` into the code it makes, and break the next trace.
+            node.meta.pop("is_wrapped", None)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         fixed = {
             index: tuple(tensors[index].shape) for index, node in enumerate(placeholders) if node in self.fixed_inputs
@@ -124,19 +127,19 @@ class CaptureTracer(fx.Tracer):
 
     def _inline(self, m: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs a forward on stand-ins; raises TraceError where it changes attributes or draws random numbers."""
-        watched = [(child, Attributes(module)) for child, module in m.named_modules()]
-        attributes, random = watched[0][1], RandomState()
+        watched = {child: Attributes(module) for child, module in m.named_modules()}
+        random = RandomState()
         stand_ins: dict[str, object] = {
             key: Held(self, f"{name}.{key}" if name else key, value)
             for key, value in vars(m).items()
             if isinstance(value, Tensor)
         }
         for key, stand_in in stand_ins.items():
-            attributes.put(key, stand_in)
+            watched[""].put(key, stand_in)
         try:
             result = forward(*args, **kwargs)
-            for child, attributes_of_child in watched:
-                changed = attributes_of_child.changed(stand_ins if not child else {})
+            for child, attributes in watched.items():
+                changed = attributes.changed({} if child else stand_ins)
                 if changed:
                     raise TraceError(f"changes its attribute `{child and child + '.'}{changed}` while it runs")
             moved = random.moved()
@@ -144,8 +147,8 @@ class CaptureTracer(fx.Tracer):
                 raise TraceError(f"draws from {moved} outside the graph")
             return result
         finally:
-            for _, attributes_of_child in watched:
-                attributes_of_child.restore()
+            for attributes in watched.values():
+                attributes.restore()
             random.restore()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
@@ -213,7 +216,7 @@ class CaptureTracer(fx.Tracer):
     def _refuse_writes(self, kind: str, target: Any, args: Any, kwargs: Any) -> None:
         """A constant made while tracing lives as long as the graph: a write would add up from call to call."""
         written = kwargs.get("out") if kwargs else None
-        if args and writes(kind, target):
+        if args and writes(kind, target, kwargs):
             written = args[0]
         if isinstance(written, fx.Node) and written.op == "get_attr" and str(written.target) in self.constants:
             raise TraceError("writes into a tensor that was made while tracing")

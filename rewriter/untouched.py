@@ -40,7 +40,7 @@ class Attributes:
             if value is not stand_ins.get(name, self._values[name]):
                 return name
         for name, value, copy in self._containers:
-            if not _same_items(value, copy):
+            if not (_same_items(value, copy) or (value is not self._values[name] and _same_state(value, copy))):
                 return name
         return None
 
@@ -69,6 +69,12 @@ def _same_items(value: Any, copy: Any) -> bool:
             map(operator.is_, value.values(), copy.values())
         )
     return value == copy if isinstance(value, set) else all(map(operator.is_, value, copy))
+
+
+def _same_state(value: dict[str, Any], copy: dict[str, Any]) -> bool:
+    """Whether a plain object changed in settings alone (text, flags): configurations fill in what was left open."""
+    changed = [key for key in value.keys() | copy.keys() if value.get(key) is not copy.get(key)]
+    return all(type(value.get(key)) in (str, bool, type(None)) for key in changed)
 
 
 def _refill(value: Any, copy: Any) -> None:

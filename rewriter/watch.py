@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import operator
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,13 +79,15 @@ def modes() -> tuple[Any, ...]:
 
 
 _IN_PLACE = frozenset(
-    f"__{name}__"
-    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+    ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
 )
 
 
-def writes(kind: str, target: Any) -> bool:
-    name = target if kind == "call_method" else getattr(target, "__name__", "") if kind == "call_function" else ""
-    if target in (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv):
+def writes(kind: str, target: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call writes into its first argument."""
+    if kind not in ("call_method", "call_function"):
+        return False
+    name = str(target) if kind == "call_method" else getattr(target, "__name__", "")
+    if name.strip("_") in _IN_PLACE or kwargs.get("inplace") is True:
         return True
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return name.endswith("_") and not name.endswith("__")

@@ -44,7 +44,7 @@ class BlackBoxRule:
     probes:         directions per row (q)
     directions:     "orthogonal", "rademacher", "gaussian", "coordinate"; unit variance per entry, independent per row
     difference:     "forward" reuses the output of the forward pass (q queries per row), "central" takes 2q
-    step_size:      in units of the input scale; "auto" measures it at the first backward and follows the box in training
+    step_size:      in units of the input scale; "auto" measures it at the first backward and follows the box
     clip:           quantile of the row norms above which a row is shortened; "auto": .9 on boxes that are not smooth
     reconstruction: "least_squares" (minimum norm, scaled to be unbiased) or "average"
     input_scale:    one number, or one for each probed element of a row; None: the running deviation of the inputs
@@ -98,9 +98,10 @@ class BlackBoxRule:
     def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """Gradient of each needed floating input, in its dtype; None elsewhere.
 
-        Rows without a cotangent cost nothing and get zero; rows with a non-finite cotangent get NaN; rows whose output is
-        not finite get zero and count as failed. A second call with the same `taken` uses the same numbers and settings.
-        Raises RewriteError as `Estimator.gradient` does, and where a parameter of the box needs a gradient.
+        Rows without a cotangent cost nothing and get zero; rows with a non-finite cotangent get NaN; rows whose
+        output is not finite get zero and count as failed. A second call with the same `taken` uses the same numbers
+        and settings. Raises RewriteError as `Estimator.gradient` does, and where a parameter of the box needs a
+        gradient.
         """
         settings: dict[str, Settings] = taken.memory.settings  # type: ignore[attr-defined]
 
@@ -116,7 +117,7 @@ class BlackBoxRule:
         return self._pull_back(call, taken, cotangents, needed, estimate)
 
     def exact(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
-        """As `backward`, from every coordinate of every row at the current step, unclipped; queries count as "check"."""
+        """As `backward`, from every coordinate of every row at the current step, unclipped; counted as "check"."""
 
         def estimate(group: str, probed: Probed, lost: int) -> Array:
             return self._estimators[group].exact(probed, call.key.named(group))
@@ -125,7 +126,7 @@ class BlackBoxRule:
 
     @property
     def quality(self) -> Quality | None:
-        """Of the rows' gradients, or of the shared inputs' where no input with rows needs one; None before a backward."""
+        """Of the rows' gradients, or of the shared inputs' where no other is needed; None before the first backward."""
         found = (self._estimators[group].quality for group in (_ROWS, _SHARED))
         return next((quality for quality in found if quality is not None), None)
 

@@ -1,8 +1,8 @@
 """Counter-based random numbers: what row r draws depends on (key, r) only.
 
-Any split of the rows over ranks, chunks or subsets therefore gives the same numbers, and a resumed run continues them.
-The generator is Philox 4x64 (Salmon et al. 2011), its key hashed from the four fields of a `Key`. Every row owns a fixed
-number of 64-bit words, so the words of row r begin at a counter known in advance.
+Any split of the rows over ranks, chunks or subsets therefore gives the same numbers, and a resumed run continues
+them. The generator is Philox 4x64 (Salmon et al. 2011), its key hashed from the four fields of a `Key`. Every row
+owns a fixed number of 64-bit words, so the words of row r begin at a counter known in advance.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ _generator = _Generator()
 
 
 def words(key: Key, rows: int, width: int, first_row: int = 0) -> npt.NDArray[np.uint64]:
-    """At least `width` uniform 64-bit words for each of the rows first_row .. first_row + rows - 1: (rows, >= width)."""
+    """Uniform 64-bit words for the rows first_row .. first_row + rows - 1, (rows, width or a few more)."""
     counts = -(-width // _WORDS_PER_COUNT)
     philox = _generator.seek(key, first_row * counts)
     return philox.random_raw(rows * counts * _WORDS_PER_COUNT).reshape(rows, -1)

@@ -1,4 +1,4 @@
-"""Estimators compute with numpy on the host: their arrays are small beside the box, and torch costs thrice per operation."""
+"""Estimators compute with numpy on the host: boxes take arrays, and an operation costs a third of what torch asks."""
 
 import math
 from collections.abc import Sequence

@@ -11,18 +11,23 @@ _DECAY = 0.95
 
 
 class Clip:
-    """Row norms limited at a running quantile of |g_i| / mean_j |v_j|, times mean_j |v_j|: homogeneous of degree one in v."""
+    """Limits row norms at a running quantile of |g_i| / mean_j |v_j|, times mean_j |v_j|: of degree one in v."""
 
     def __init__(self, quantile: float) -> None:
         self.quantile = quantile
         self.ratio: float | None = None
 
-    def update(self, gradient: Array, cotangent_norms: Array) -> float:
-        """The running ratio after moving it towards this batch's quantile; gradient (n, d), cotangent_norms (n,)."""
+    def update(self, gradient: Array, cotangent_norms: Array) -> float | None:
+        """The running ratio after moving it towards this batch's quantile; gradient (n, d), cotangent_norms (n,).
+
+        Rows whose gradient is zero do not count: where most are, the quantile would be zero too. None until one is not.
+        """
         norms = row_norms(gradient)
-        rank = min(len(norms) - 1, max(0, math.ceil(self.quantile * len(norms)) - 1))
-        ratio = float(np.partition(norms, rank)[rank] / cotangent_norms.mean())
-        self.ratio = ratio if self.ratio is None else _DECAY * self.ratio + (1 - _DECAY) * ratio
+        norms = norms[norms > 0]
+        if len(norms):
+            rank = min(len(norms) - 1, math.ceil(self.quantile * len(norms)) - 1)
+            ratio = float(np.partition(norms, rank)[rank] / cotangent_norms.mean())
+            self.ratio = ratio if self.ratio is None else _DECAY * self.ratio + (1 - _DECAY) * ratio
         return self.ratio
 
     @staticmethod
@@ -30,7 +35,7 @@ class Clip:
         """The gradient with row norms at most ratio x mean |v|, and the share of rows that were shortened."""
         limit = ratio * float(cotangent_norms.mean())
         norms = row_norms(gradient)
-        over = int((norms > limit).sum())
+        over = int(np.count_nonzero(norms > limit))
         if over:
             factors = (limit / np.maximum(norms, limit)).astype(gradient.dtype)
             gradient = gradient * factors[:, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rewriter.runtime.random import Key, normal, signs, subsets
 
-from .precision import full_precision
+from .precision import aligned, full_precision
 
 KINDS = ("orthogonal", "rademacher", "gaussian", "coordinate")
 
@@ -48,8 +48,8 @@ def _coordinates(key: Key, rows: int, count: int, width: int, first_row: int, dt
 def _rotated_basis(key: Key, rows: int, width: int, first_row: int, dtype: torch.dtype) -> Tensor:
     """Complete frames: one Haar rotation a call, its columns' signs flipped at random in each row.
 
-    Each row's frame is Haar-distributed; as complete frames have no estimation error on a linear box, nothing is lost by
-    sharing the rotation, and one QR replaces `rows` of them.
+    Each row's frame is Haar-distributed; as complete frames have no estimation error on a linear box, nothing is lost
+    by sharing the rotation, and one QR replaces `rows` of them.
     """
     basis, triangle = torch.linalg.qr(normal(key.named("rotation"), width, width).to(dtype))
     basis = basis * triangle.diagonal().sign() * math.sqrt(width)
@@ -75,15 +75,19 @@ def _reflections(key: Key, rows: int, count: int, width: int, first_row: int, dt
     Q = I - V^T T V, with inverse(T) = unit upper triangle of V V^T once |v|^2 = 2 (Joffrain et al. 2006): stable in
     float32, with one small triangular solve per row.
     """
-    vectors = normal(key, rows, count * width, first_row).view(rows, count, width).to(dtype).triu()
-    diagonal = vectors.diagonal(dim1=1, dim2=2)  # (rows, count), a view
-    length = torch.linalg.vector_norm(vectors, dim=2)
+    size = aligned(count)
+    vectors = torch.zeros(rows, size, aligned(width), dtype=dtype)
+    vectors[:, :count, :width] = normal(key, rows, count * width, first_row).view(rows, count, width).triu()
+    diagonal = vectors.diagonal(dim1=1, dim2=2)[:, :count]  # (rows, count), a view
+    length = torch.linalg.vector_norm(vectors[:, :count], dim=2)
     sign = torch.where(diagonal < 0, -1.0, 1.0).to(dtype)
     norm = torch.sqrt(length * (length + diagonal.abs()))
     diagonal += sign * length
-    vectors /= norm.unsqueeze(2)
+    vectors[:, :count] /= norm.unsqueeze(2)
     gram = torch.bmm(vectors, vectors.transpose(1, 2))
-    inner = torch.linalg.solve_triangular(gram, vectors[:, :, :count], upper=True, unitriangular=True)
-    frame = torch.bmm(inner.transpose(1, 2), vectors).neg_()
+    corner = vectors.new_zeros(rows, size, size)
+    corner[:, :, :count] = vectors[:, :, :count]
+    inner = torch.linalg.solve_triangular(gram, corner, upper=True, unitriangular=True)
+    frame = torch.bmm(inner.transpose(1, 2), vectors)[:, :count, :width].neg()
     frame.diagonal(dim1=1, dim2=2).add_(1.0)
     return frame.mul_(sign.mul_(-math.sqrt(width)).unsqueeze(2))

@@ -25,8 +25,8 @@ _AUTO_QUANTILE = 0.9
 class Estimator:
     """Row gradients J^T v from stacked differences, with the running statistics they need.
 
-    label: names the box in messages; bounded: take no more probes than there are dimensions; width: d of the values last
-    probed, None before
+    label: names the box in messages; bounded: take no more probes than there are dimensions; width: d of the values
+    last probed, None before
     """
 
     def __init__(self, options: Options, label: str, bounded: bool = False) -> None:
@@ -37,7 +37,7 @@ class Estimator:
         fixed = None if isinstance(options.step_size, str) else options.step_size
         self.step = StepSize(fixed, needs_kind=options.clip == "auto")
         self.scale = InputScale(options.input_scale)
-        self.clip = Clip(options.clip if isinstance(options.clip, float) else _AUTO_QUANTILE)
+        self.clip = Clip(options.clip if isinstance(options.clip, int | float) else _AUTO_QUANTILE)
         self.tracker = QualityTracker()
         self._silent = 0
         self._warned = False
@@ -47,10 +47,9 @@ class Estimator:
     ) -> tuple[Array, Settings, int]:
         """Estimate (n, d), the settings it used, and the number of failed queries.
 
-        lost_rows: rows that cannot be probed because the box failed at their base point; frozen: settings of an earlier
-        backward through the same forward, which then changes no statistics.
-        Raises RewriteError past `max_failed`, after 20 backwards in which no probe changed an output, or for a non-finite
-        estimate.
+        lost_rows: rows that cannot be probed because the box failed at their base point; frozen: settings of an
+        earlier backward through the same forward, which then changes no statistics. Raises RewriteError past
+        `max_failed`, after 20 backwards in which no probe changed an output, or for a non-finite estimate.
         """
         self.width = probed.base.shape[1]
         step_size, spread = (frozen.step_size, frozen.spread) if frozen else self._settle(probed, key)
@@ -92,7 +91,7 @@ class Estimator:
             raise RewriteError(
                 f"{failed / queries:.0%} of the queries of a black box failed",
                 where=self.label,
-                why=f"more than max_failed = {self.options.max_failed:.0%} of the probed points gave non-finite outputs",
+                why=f"more than max_failed = {self.options.max_failed:.0%} of the points gave non-finite outputs",
                 remedy="keep the box's inputs inside its domain, set a smaller step_size, or raise max_failed",
             )
 

@@ -1,4 +1,4 @@
-"""Estimator arithmetic stays float32 or wider, also where the surroundings run under autocast."""
+"""Estimator arithmetic stays float32 or wider under autocast, and the same to the bit wherever a row lies in memory."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -22,3 +22,8 @@ def full_precision(function: Callable[_Arguments, _Result]) -> Callable[_Argumen
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def aligned(size: int) -> int:
+    """The size to pad small square matrices to: factorisations round by where a matrix begins in memory."""
+    return -(-size // 8) * 8

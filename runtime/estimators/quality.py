@@ -18,8 +18,9 @@ class Quality:
     """Quality of one region's row gradients.
 
     predicted_cosine: root mean square over rows for a box that is linear over a step; measured_cosine: running, from
-    independent probes, None before the first; changed, clipped, failed: running shares of probes that changed an output,
-    of rows that were clipped, of queries that failed (None before the first); bias: what both cosines leave out
+    independent probes, None before the first; changed, clipped, failed: running shares of probes that changed an
+    output, of rows that were clipped, of queries that failed (None before the first); bias: what both cosines leave
+    out
     """
 
     predicted_cosine: float
@@ -33,8 +34,9 @@ class Quality:
 def predicted_cosine(kind: str, probes: int, width: int, averaged: bool) -> float:
     """Row cosine with the exact gradient, sqrt(1 / (1 + relative mean-square error)).
 
-    Averages: sqrt(q / (q + d + 1)) Gaussian, sqrt(q / (q + d - 1)) Rademacher. Least squares and orthogonal sets project on
-    a random subspace: sqrt(min(q, d) / d). Averaged sets that exceed the width by r leave only r of the q probes incomplete.
+    Averages: sqrt(q / (q + d + 1)) Gaussian, sqrt(q / (q + d - 1)) Rademacher. Least squares and orthogonal sets
+    project on a random subspace: sqrt(min(q, d) / d). Averaged sets that exceed the width by r leave only r of the q
+    probes incomplete.
     """
     if averaged and kind in ("gaussian", "rademacher"):
         return math.sqrt(probes / (probes + width + (1 if kind == "gaussian" else -1)))
@@ -47,9 +49,10 @@ def predicted_cosine(kind: str, probes: int, width: int, averaged: bool) -> floa
 class QualityTracker:
     """Running shares and the running regression of observed on predicted directional derivatives.
 
-    For an unbiased estimate g^ and a probe u independent of it, with p = u.g^ and c = u.g, E[p c] = <g^, g> = |g|^2 and
-    E[p p] = |g^|^2, so sum(p c) / sum(p p) estimates the squared cosine. This is the split-half estimate with the common
-    noise of numerator and denominator cancelled. A probe of the same orthogonal set would give p = 0: it must be independent.
+    For an unbiased estimate g^ and a probe u independent of it, with p = u.g^ and c = u.g, E[p c] = <g^, g> = |g|^2
+    and E[p p] = |g^|^2, so sum(p c) / sum(p p) estimates the squared cosine. This is the split-half estimate with the
+    common noise of numerator and denominator cancelled. A probe of the same orthogonal set would give p = 0: it must
+    be independent.
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .arrays import Array
-from .precision import full_precision
+from .precision import aligned, full_precision
 
 _WORST_PIVOT = 1e-4  # below it the normal equations have lost half of float64's digits
 
@@ -32,15 +32,22 @@ def least_squares(directions: Array, slopes: Array, usable: Array | None) -> Arr
     matrices are factorised in float64; rows with dependent directions go through a singular value decomposition.
     """
     rows, count, width = directions.shape
-    wide, target = torch.from_numpy(directions).double(), torch.from_numpy(slopes).double()
-    kept = torch.full((rows,), count)
     under = count <= width
+    wide = torch.zeros(rows, aligned(count), aligned(width), dtype=torch.float64)
+    wide[:, :count, :width] = torch.from_numpy(directions)
+    target = torch.zeros(rows, wide.shape[1], dtype=torch.float64)
+    target[:, :count] = torch.from_numpy(slopes)
+    kept = torch.full((rows,), count)
+    idle = torch.zeros(rows, wide.shape[1] if under else wide.shape[2], dtype=torch.float64)
+    idle[:, count if under else width :] = width
     if usable is not None:
         mask = torch.from_numpy(usable)
-        wide, kept = wide * mask.unsqueeze(2), mask.sum(1)
+        wide[:, :count] *= mask.unsqueeze(2)
+        kept = mask.sum(1)
+        if under:
+            idle[:, :count] = ~mask * float(width)  # a lost probe becomes an equation of its own: 0 = 0
     gram = torch.bmm(wide, wide.transpose(1, 2)) if under else torch.bmm(wide.transpose(1, 2), wide)
-    if under and usable is not None:
-        gram.diagonal(dim1=1, dim2=2).add_(~mask * float(width))  # a lost probe becomes an equation of its own: 0 = 0
+    gram.diagonal(dim1=1, dim2=2).add_(idle)
     factor, failed = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal(dim1=1, dim2=2)
     dependent = (failed != 0) | ~(pivots.amin(1) >= _WORST_PIVOT * pivots.amax(1))
@@ -51,17 +58,17 @@ def least_squares(directions: Array, slopes: Array, usable: Array | None) -> Arr
         solution = torch.cholesky_solve(_combine(wide, target).unsqueeze(2), factor).squeeze(2)
     solution *= (width / kept.clamp(1, width)).unsqueeze(1)
     if bool(dependent.any()):
-        solution[dependent] = _through_singular_values(wide[dependent], target[dependent])
-    found: Array = solution.numpy().astype(directions.dtype)
+        solution[dependent] = _through_singular_values(wide[dependent], target[dependent], width)
+    found: Array = solution[:, :width].numpy().astype(directions.dtype)
     return found
 
 
-def _through_singular_values(directions: Tensor, slopes: Tensor) -> Tensor:
+def _through_singular_values(directions: Tensor, slopes: Tensor, width: int) -> Tensor:
     left, values, right = torch.linalg.svd(directions, full_matrices=False)
     cutoff = values.amax(1, keepdim=True) * (1e-12 * max(directions.shape[1:]))
     inside = values > cutoff
     weights = _combine(left, slopes).masked_fill(~inside, 0.0) / values.masked_fill(~inside, 1.0)
-    scale = directions.shape[2] / inside.sum(1, keepdim=True).clamp(min=1)
+    scale = width / inside.sum(1, keepdim=True).clamp(min=1)
     return torch.mul(_combine(right, weights), scale)
 
 

@@ -12,8 +12,8 @@ from .arrays import Array, is_finite, row_norms
 class LiveRows:
     """The rows whose cotangent is finite and not zero and whose outputs are finite.
 
-    total: rows of the batch; live: number of these; index: of these, None where all are; norms: (live,) float64 norms of
-    their cotangents, so that neither loss scales nor their inverses leave the range; lost: number of rows with a
+    total: rows of the batch; live: number of these; index: of these, None where all are; norms: (live,) float64 norms
+    of their cotangents, so that neither loss scales nor their inverses leave the range; lost: number of rows with a
     cotangent but non-finite outputs; poisoned: whether any row's cotangent is not finite
     """
 

@@ -21,9 +21,10 @@ _Vector = npt.NDArray[np.float64]
 class InputScale:
     """Running standard deviation per dimension, floored by a share of the running |mean|, never zero.
 
-    Perturbing in unequal units costs accuracy: probe noise spreads evenly over the scaled coordinates, so it is amplified
-    in those of small scale. Dimensions within half a decade of their geometric mean therefore share one unit, and others
-    differ from it by whole powers of ten. A fixed scale (one number, or one per dimension) is taken as it is.
+    Perturbing in unequal units costs accuracy: probe noise spreads evenly over the scaled coordinates, so it is
+    amplified in those of small scale. Dimensions within half a decade of their geometric mean therefore share one
+    unit, and others differ from it by whole powers of ten. A fixed scale (one number, or one per dimension) is taken
+    as it is.
     """
 
     def __init__(self, fixed: float | Sequence[float] | None = None) -> None:

@@ -1,8 +1,9 @@
 """The step of a finite difference, measured at the box and followed in training.
 
-Smooth boxes: plateau rule. Central differences at half-decade steps are compared with their neighbours; between truncation
-error at large steps and rounding at small ones they agree. Steps at which outputs do not move at all are no evidence, as
-zero agrees with zero. Piecewise-constant boxes: the smallest step at which 95 % of probes change an output.
+Smooth boxes: plateau rule. Central differences at half-decade steps are compared with their neighbours; between
+truncation error at large steps and rounding at small ones they agree. Steps at which outputs do not move at all are
+no evidence, as zero agrees with zero. Piecewise-constant boxes: a multiple of the smallest step at which 95 % of
+probes change an output, see `StepSize`.
 """
 
 import math
@@ -20,10 +21,9 @@ from .probing import Probed
 
 BoxKind = Literal["smooth", "piecewise-constant", "rough", "unknown"]
 
-SETUP_QUERIES = 110
 CHANGED_TARGET = 0.95
 _SAMPLES = 3  # base rows, each with a direction of its own
-_FINEST = -17  # half decades below the input scale: 2 x 18 steps x 3 rows stay within SETUP_QUERIES
+_FINEST = -17  # half decades below the input scale: 2 x 18 steps x 3 rows are 108 queries
 _AGREEMENT = 0.2  # relative difference of neighbouring steps below which there is a plateau
 _REMEASURE_EVERY = 1000
 _REMEASURE_DRIFT = 2.0
@@ -86,8 +86,8 @@ def choose(found: Sweep, central: bool) -> tuple[float, BoxKind]:
 def _neighbour_gaps(found: Sweep, counted: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Relative difference of the central differences at neighbouring steps, infinite where one has no evidence.
 
-    Returns gaps (s,) with gaps[k] between k and k + 1; the weighted central differences (n, s, m), zero where not counted;
-    and usable (s,): two thirds of the counted rows are finite and have moved.
+    Returns gaps (s,) with gaps[k] between k and k + 1; the weighted central differences (n, s, m), zero where not
+    counted; and usable (s,): two thirds of the counted rows are finite and have moved.
     """
     weights = found.weights[:, None] * counted.any(1)[:, None, None]
     slopes = (found.plus - found.minus) / (2 * found.steps[:, None]) * weights
@@ -128,15 +128,15 @@ def _typical_threshold(steps: Tensor, moved: Tensor) -> float:
         last_still == len(steps), logarithms[-1], logarithms[last_still.clamp(max=len(steps) - 1)] + half
     )
     mean, deviation = float(thresholds.mean()), float(thresholds.std())
-    return math.exp(min(mean + _NORMAL_QUANTILE * deviation, float(logarithms[0]) + math.log(4.0)))
+    return math.exp(min(mean + _NORMAL_QUANTILE * deviation, float(thresholds.max()) + half))
 
 
 class StepSize:
     """The step in use, in units of the input scale: fixed, or measured and followed.
 
     On piecewise-constant boxes the threshold is the step at which 95 % of probes change an output. A probe moves all
-    coordinates at once, so at its threshold it crosses some three pieces in all; the step in use is as much longer as one
-    needs to cross them along each coordinate: the mean of |u|_1 = .8 d, but no more than _MOST_WIDENING.
+    coordinates at once, so at its threshold it crosses some three pieces in all; the step in use is as much longer as
+    one needs to cross them along each coordinate: the mean of |u|_1 = .8 d, but no more than _MOST_WIDENING.
     """
 
     def __init__(self, fixed: float | None, needs_kind: bool) -> None:
@@ -152,7 +152,7 @@ class StepSize:
         self._followed = 0
 
     def due(self, typical_scale: float) -> bool:
-        """Whether to measure before the next backward: never yet, inputs drifted twofold, or a thousand backwards ago."""
+        """Whether to measure first: never yet, inputs drifted twofold, or a thousand backwards ago."""
         if self._stale or self.fixed or self.kind not in ("smooth", "rough"):
             return self._stale
         drift = typical_scale / self._measured_at_scale
@@ -175,8 +175,9 @@ class StepSize:
 
     @property
     def follow_due(self) -> bool:
-        """Whether to spend a few queries at the threshold."""
-        return not self.fixed and self.kind == "piecewise-constant" and self._age % FOLLOW_EVERY == 0
+        """Whether to spend a few queries at the threshold: at first in every backward, then in every tenth."""
+        due = self._followed < FOLLOW_EVERY or self._age % FOLLOW_EVERY == 0
+        return due and not self.fixed and self.kind == "piecewise-constant"
 
     @property
     def threshold(self) -> float:
@@ -186,8 +187,8 @@ class StepSize:
     def follow(self, changed: float, width: int) -> None:
         """Moves the threshold, given the share of probes that changed an output there.
 
-        Robbins-Monro on its logarithm. If pieces are crossed at random, the share has slope .15 at 95 %, so that gains up
-        to 7 converge; it stays at 2 so that the step goes on following the inputs.
+        Robbins-Monro on its logarithm. If pieces are crossed at random, the share has slope .15 at 95 %, so that
+        gains up to 7 converge; it stays at 2 so that the step goes on following the inputs.
         """
         gain = 2.0 + 4.0 / (1.0 + self._followed / 3)
         self._followed += 1

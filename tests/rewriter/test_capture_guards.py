@@ -3,6 +3,7 @@
 import pytest
 import torch
 from nets import Transformer
+from oracle import compare
 from torch import nn
 
 from rewriter.capture import capture
@@ -109,6 +110,20 @@ def test_sizes_that_export_fixed_are_checked():
     assert guards.reason(model, [torch.randn(60, 4)]) is None
     assert "s[0][1] == 4" in guards.reason(model, [torch.randn(6, 5)])
     assert "s[0][0] >= 2" in guards.reason(model, [torch.randn(1, 4)])
+
+
+def test_all_sizes_stay_open_on_request():
+    class Sums(nn.Module):
+        def forward(self, x):
+            return torch.stack([row for row in x.unbind(-1) if row is not None], 1).cumsum(1)
+
+    model, x = Sums(), torch.randn(5, 6, 3)
+    rows, everything = (capture(model, (x,), {}, sizes=sizes) for sizes in ("rows", "all"))
+    assert rows.front_end == everything.front_end == "export"
+    longer = torch.randn(7, 9, 3)
+    assert "s[0][1] == 6" in rows.guards.reason(model, [longer])
+    assert everything.guards.reason(model, [longer]) is None
+    assert compare(model, everything, (longer,), {}) is None
 
 
 def test_related_sizes_are_checked():

@@ -98,6 +98,37 @@ class Remembers(nn.Module):
         return x * len(self.history)
 
 
+class ChangesChild(nn.Module):
+    """Through a method of the child, not through its call."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = Counter()
+
+    def forward(self, x):
+        self.child.calls += 1
+        return x * self.child.calls
+
+
+class ChangesObject(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.memory = type("Memory", (), {})()
+        self.memory.last = 1.0
+
+    def forward(self, x):
+        y = x * self.memory.last
+        self.memory.last = float(self.memory.last) + 1.0
+        return y
+
+
+class FillsConstant(nn.Module):
+    def forward(self, x):
+        total = torch.zeros(5, 4)
+        total[0] = x.sum(0)
+        return x + torch.relu_(total)
+
+
 class NoGrad(nn.Module):
     def __init__(self):
         super().__init__()
@@ -197,12 +228,15 @@ PARTS = {
     StochasticDepth: "draws random numbers outside the graph",
     Counter: "changes its attribute `calls`",
     Remembers: "changes its attribute",
+    ChangesChild: "changes its attribute `child.calls`",
+    ChangesObject: "changes its attribute `memory`",
     NoGrad: "switches gradients on or off",
     Autocast: "switches autocast on or off",
     Checkpointed: "saved-tensor hooks",
     CheckpointedReentrant: "switches gradients on or off",
     OwnBackward: "switches gradients on or off",
     WritesConstant: "writes into a tensor that was made while tracing",
+    FillsConstant: "writes into a tensor that was made while tracing",
     ComputesWithParameters: "outside the graph",
     Hooked: "has hooks",
 }
@@ -216,6 +250,8 @@ REFUSED = {
     StochasticDepth: "data-dependent",
     Counter: "changes its attribute `calls`",
     Remembers: "changes its attribute",
+    ChangesChild: "changes its attribute `calls`",
+    ChangesObject: "changes its attribute `memory`",
     Autocast: "switches autocast inside one forward",
     Checkpointed: "saved-tensor hooks",
     CheckpointedReentrant: "CheckpointFunction",

@@ -12,7 +12,12 @@ def test_counts_by_region_and_purpose():
     ledger.add("a", calls=1, probes=256, quality=128, failed=3)
     ledger.add("b", vjps=1, forwards=2)
     assert ledger["a"].queries == 512
-    assert (ledger.total("queries"), ledger.total("calls"), ledger.total("vjps"), ledger.total("failed")) == (512, 2, 1, 3)
+    assert (ledger.total("queries"), ledger.total("calls"), ledger.total("vjps"), ledger.total("failed")) == (
+        512,
+        2,
+        1,
+        3,
+    )
     assert ledger["never"].queries == 0
     assert ledger.regions() == ("a", "b")
     lines = str(ledger).splitlines()

@@ -37,6 +37,16 @@ def test_least_squares_is_exact_where_directions_span(kind):
     assert np.allclose(least_squares(directions, np.where(usable, slopes, 0), usable), true, atol=1e-9)
 
 
+@pytest.mark.parametrize(("count", "width"), [(5, 16), (7, 9), (20, 5)])
+def test_a_row_is_solved_the_same_wherever_it_lies(count, width):
+    directions, _, slopes = problem("gaussian", 40, count, width)
+    whole = least_squares(directions, slopes, None)
+    for row in range(40):
+        assert np.array_equal(
+            whole[row : row + 1], least_squares(directions[row : row + 1].copy(), slopes[row : row + 1], None)
+        )
+
+
 @pytest.mark.parametrize(("width", "count"), [(2, 2), (3, 3), (3, 2), (6, 4)])
 def test_unbiased_with_dependent_directions(width, count):
     """Rademacher directions in few dimensions are often parallel: the scale is width / rank, row by row."""
