@@ -85,7 +85,7 @@ def _graph_module(program: Program) -> fx.GraphModule:
             continue
         path = str(node.target)
         if path not in flat:
-            flat[path] = name = _spelled(path.lstrip("_"), "_", root)
+            flat[path] = name = _spelled(path, "_", root)
             root[name] = program.module(path) if node.op == "call_module" else program.attribute(path)
         node.target, node.meta["path"] = flat[path], path
     return fx.GraphModule(root, graph, class_name="Program")

@@ -51,10 +51,16 @@ def build(
     clock: Clock,
     ledger: Ledger,
     rules: Rules,
+    again: bool = False,
 ) -> Variant:
-    """Capture the model for these arguments and emit what the plan says. The model is left as it was found."""
+    """Capture the model for these arguments and emit what the plan says. The model is left as it was found.
+
+    again: there are captures already that did not fit; this one leaves as many sizes open as it can.
+    """
     wholes = frozenset(name for entry in plan for name in entry.wholes(model))
-    captured = capture(model, args, kwargs, leaves=lambda module, name: name in wholes)
+    captured = capture(
+        model, args, kwargs, leaves=lambda module, name: name in wholes, sizes="all" if again else "rows"
+    )
     program = Program(model, captured.graph, captured.constants, opaque=captured.opaque)
     first, second, batches = examples(model, args, kwargs, captured.guards)
     with preserved(model), trial_run(), torch.enable_grad():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +91,9 @@ class Rewritten(nn.Module):
         model = self.model
         if not (model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks):
             return variant.captured.rebuild(variant.emitted.function(*tensors))
-        # The root's own hooks belong to its __call__; lend it the emitted forward for this one call.
-        own = model.__dict__.get("forward")
-        model.__dict__["forward"] = self._emitted_forward
-        try:
+        # The root's own hooks belong to its __call__, which is lent the emitted forward for this one call.
+        with _forward(model, self._emitted_forward):
             return model(*args, **kwargs)
-        finally:
-            if own is None:
-                del model.__dict__["forward"]
-            else:
-                model.__dict__["forward"] = own
 
     def _emitted_forward(self, *args: Any, **kwargs: Any) -> Any:
         variant, tensors = self._variant(args, kwargs)
@@ -123,13 +118,20 @@ class Rewritten(nn.Module):
                 why=reason or "each new dtype, rank, tree structure, None, flag or constant argument is one",
                 remedy="pass changing numbers as tensors, pad to few shapes, or call step.recapture() to start over",
             )
-        variant = undisturbed(
-            lambda: build(self.model, self.plan, args, kwargs, clock=self._clock, ledger=self.ledger, rules=self._rules)
-        )
+        variant = undisturbed(lambda: self._build(args, kwargs, again=bool(candidates)))
         candidates.append(variant)
         self._share_children()  # one may have been replaced
         self.__dict__["_latest"] = variant
         return variant, tensors
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Variant:
+        model = self.model
+        # A pre-hook of the root may change the arguments while the emitted forward is lent; capture needs the user's.
+        own = type(model).forward.__get__(model) if model.__dict__.get("forward") == self._emitted_forward else None
+        with nullcontext() if own is None else _forward(model, own):
+            return build(
+                model, self.plan, args, kwargs, clock=self._clock, ledger=self.ledger, rules=self._rules, again=again
+            )
 
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Capture for these arguments now instead of at the first call."""
@@ -244,6 +246,20 @@ class Rewritten(nn.Module):
 
     def __repr__(self) -> str:
         return f"Rewritten(\n  plan: {self.plan!r}\n  model: {self.model!r}\n)"
+
+
+@contextmanager
+def _forward(model: nn.Module, lent: Callable[..., Any]) -> Iterator[None]:
+    """Lends the model another forward."""
+    own = model.__dict__.get("forward")
+    model.__dict__["forward"] = lent
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = own
 
 
 def _signature(model: nn.Module, loss: Loss | None) -> inspect.Signature:

@@ -1,14 +1,16 @@
 """Counter-based random numbers: what row r draws depends on (key, r) only.
 
 Any split of the rows over ranks, chunks or subsets therefore gives the same numbers, and a resumed run continues
-them. The generator is Philox 4x64 (Salmon et al. 2011), its key hashed from the four fields of a `Key`. Every row
-owns a fixed number of 64-bit words, so the words of row r begin at a counter known in advance.
+them. The generator is Philox 4x64 (Salmon et al. 2011). Its key is hashed from seed and region; of the four words
+of its counter the first counts the words of the rows, of which each row owns a fixed number, the others are forward
+and replicate.
 """
 
 import hashlib
 import math
 import threading
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -44,12 +46,10 @@ class _Generator(threading.local):
         self.buffer = np.zeros(4, dtype=np.uint64)
 
     def seek(self, key: Key, counter: int) -> np.random.Philox:
-        text = repr((key.seed, key.forward, key.region, key.replicate)).encode()
-        digest = hashlib.blake2b(text, digest_size=16).digest()
-        self.counter[0] = counter
+        self.counter[:] = counter, key.forward, key.replicate, 0
         self.philox.state = {
             "bit_generator": "Philox",
-            "state": {"counter": self.counter, "key": np.frombuffer(digest, dtype=np.uint64)},
+            "state": {"counter": self.counter, "key": _philox_key(key.seed, key.region)},
             "buffer": self.buffer,
             "buffer_pos": _WORDS_PER_COUNT,
             "has_uint32": 0,
@@ -59,6 +59,11 @@ class _Generator(threading.local):
 
 
 _generator = _Generator()
+
+
+@lru_cache(maxsize=1024)
+def _philox_key(seed: int, region: str) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(hashlib.blake2b(repr((seed, region)).encode(), digest_size=16).digest(), dtype=np.uint64)
 
 
 def words(key: Key, rows: int, width: int, first_row: int = 0) -> npt.NDArray[np.uint64]:

@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 def side_by_side(values: Sequence[Tensor], dtype: torch.dtype) -> Array:
     """(rows, sum of widths) in `dtype`, from tensors with rows in dimension 0."""
     flat = [value.detach().to("cpu", dtype).numpy() for value in values]
-    flat = [value.reshape(len(value), math.prod(value.shape[1:])) for value in flat]
+    flat = [value if value.ndim == 2 else value.reshape(len(value), math.prod(value.shape[1:])) for value in flat]
     return flat[0] if len(flat) == 1 else np.concatenate(flat, 1)
 
 

@@ -1,10 +1,11 @@
 """Directional derivatives of cotangent . box, from differences of stacked evaluations."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Array, is_finite
+from .arrays import Array
 from .probing import Probed
 
 
@@ -84,11 +85,13 @@ def central_slopes(
 def _contract(change: Array, cotangents: Array, length: float, want_changed: bool) -> Slopes:
     values = np.einsum("nkm,nm->nk", change, cotangents)
     values *= values.dtype.type(1 / length)
-    usable = None if is_finite(values) else np.isfinite(values)
-    if usable is not None:
+    size = float(np.einsum("nk,nk->", values, values))  # neither zero nor infinite: the common case
+    usable = None
+    if not math.isfinite(size) and not np.isfinite(values).all():
+        usable = np.isfinite(values)
         values = np.where(usable, values, values.dtype.type(0))
     changed = None
-    if want_changed or usable is not None or not values.any():
+    if want_changed or usable is not None or size == 0:
         # a product with ones: numpy is slow at reducing many short rows
         changed = np.abs(change) @ np.ones(change.shape[2], change.dtype) > 0
         changed = changed if usable is None else changed & usable

@@ -123,7 +123,7 @@ class RowProbes:
     def directions(self, kind: str, key: Key, count: int) -> Array:
         """As `Probed` says; a live row's numbers do not depend on which others are alive."""
         batch = self.batch
-        drawn = draw(kind, key, batch.total_rows, count, self.base.shape[1], batch.first_row, batch.work).numpy()
+        drawn = draw(kind, key, batch.total_rows, count, self.base.shape[1], batch.first_row, self.base.dtype)
         return drawn if batch.rows is None else drawn[batch.rows]
 
     def evaluate(self, points: Array, **purposes: int) -> Array:
@@ -135,7 +135,8 @@ class RowProbes:
         arguments = []
         for i, value in enumerate(self._values):
             if i in perturbed:
-                moved = torch.from_numpy(perturbed[i]).reshape(stacked, *value.shape[1:])
+                moved = torch.from_numpy(perturbed[i])
+                moved = moved if value.dim() == 2 else moved.reshape(stacked, *value.shape[1:])
                 arguments.append(moved.to(value.device, self._dtypes[i]))
             elif i in fixed or count == 1:
                 arguments.append(value)
@@ -167,7 +168,7 @@ class BatchProbes:
 
     def directions(self, kind: str, key: Key, count: int) -> Array:
         """As `Probed` says; the same on every rank, so that the mean over ranks is along one set of directions."""
-        return draw(kind, key, 1, count, self.base.shape[1], 0, self.batch.work).numpy()
+        return draw(kind, key, 1, count, self.base.shape[1], 0, self.base.dtype)
 
     def evaluate(self, points: Array, **purposes: int) -> Array:
         """As `Probed` says: one call of the whole batch for each of the k points."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import Array, is_finite, row_norms
+from .arrays import Array, row_norms
 
 
 class LiveRows:
@@ -24,8 +24,8 @@ class LiveRows:
         self.index: Array | None = None
         self._poisoned_rows: Array | None = None
         self.norms = row_norms(cotangents)
-        if self.total and self.norms.min() > 0 and self.norms.max() < math.inf and is_finite(outputs):
-            return
+        if self.total == np.count_nonzero(self.norms) and math.isfinite(self.norms.sum() + outputs.sum()):
+            return  # the common case; a sum that overflows only leads to the long way round
         size = np.abs(cotangents).max(1, initial=0)
         wanted = (size > 0) & (size < math.inf)  # false for NaN
         sound = np.isfinite(outputs).all(1)

@@ -428,22 +428,22 @@ def test_describe():
 
 @pytest.mark.parametrize("clip", ["auto", 0.5, None])
 def test_clip_limits_row_norms(clip):
-    """One row in eight jumps a hundred times further."""
-    heavy = np.where(np.arange(128) % 8 == 0, 100.0, 1.0)[:, None]
-    rule = BlackBoxRule(ArrayBox(lambda a: np.sign(rowwise(a)) * np.resize(heavy, (len(a), 1))), clip=clip)
+    """One row in fifteen jumps a hundred times further."""
+    box = ArrayBox(lambda a: np.sign(rowwise(a)) * np.where(a[:, :1] > 1.5, 100, 1))
+    rule = BlackBoxRule(box, clip=clip)
     for step in range(20):
         (found,) = gradient(rule, X, v=V, step=step)
     norms = found.norm(dim=1)
-    spread = float(norms.max() / norms.median())
-    assert spread > 20 if clip is None else spread < (60 if clip == "auto" else 3)
+    spread = float(norms.max() / norms[norms > 0].median())
+    assert rule.describe()["kind"] == "piecewise-constant"
+    assert spread > 30 if clip is None else spread < (20 if clip == "auto" else 4)
     assert (rule.quality.clipped > 0) == (clip is not None)
 
 
 def test_clip_where_most_rows_see_no_change():
     """A box that reacts in one row of twenty: the quantile is that of the rows with a gradient, and nothing is NaN."""
-    stairs = np.where(np.arange(128) % 20 == 0, 1.0, 0.0)[:, None]
-    box = ArrayBox(lambda a: np.sign(rowwise(a)) * np.resize(stairs, (len(a), 1)))
-    rule = BlackBoxRule(box, step_size=0.5, clip=0.9)
+    box = ArrayBox(lambda a: np.where(a[:, :1] > 1.5, np.sign(rowwise(a)), 0))
+    rule = BlackBoxRule(box, step_size=0.01, clip=0.9)
     (found,) = gradient(rule, X, v=V)
     assert found.isfinite().all()
-    assert found.any(1).sum() >= 5
+    assert 0 < found.any(1).sum() < 12

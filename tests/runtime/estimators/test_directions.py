@@ -3,10 +3,15 @@ import math
 import pytest
 import torch
 
-from rewriter.runtime.estimators.directions import KINDS, draw
+from rewriter.runtime.estimators.directions import KINDS
+from rewriter.runtime.estimators.directions import draw as draw_array
 from rewriter.runtime.random import Key
 
 KEY = Key(0, 5, "box")
+
+
+def draw(kind, key, rows, count, width, first_row=0, dtype=torch.float32):
+    return torch.from_numpy(draw_array(kind, key, rows, count, width, first_row, str(dtype).removeprefix("torch.")))
 
 
 @pytest.mark.parametrize("kind", KINDS)

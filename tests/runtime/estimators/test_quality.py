@@ -48,8 +48,8 @@ def test_predicted_and_measured_agree_with_the_truth(kind, probes, reconstructio
 
 def test_two_halves_of_one_orthogonal_set_measure_nothing():
     """Their inner product is zero whatever the gradient; independent blocks give its square."""
-    u = draw("orthogonal", Key(0, 0, "box"), ROWS, 8, WIDTH, dtype=torch.float64).numpy()
-    other = draw("orthogonal", Key(0, 1, "box"), ROWS, 1, WIDTH, dtype=torch.float64).numpy()[:, 0]
+    u = draw("orthogonal", Key(0, 0, "box"), ROWS, 8, WIDTH, dtype=np.float64)
+    other = draw("orthogonal", Key(0, 1, "box"), ROWS, 1, WIDTH, dtype=np.float64)[:, 0]
     true = TRUE.numpy()
     estimate = np.einsum("nk,nkd->nd", np.einsum("nkd,nd->nk", u[:, :7], true), u[:, :7]) / 7
     norms = np.ones(ROWS)

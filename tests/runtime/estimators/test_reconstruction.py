@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 
 from rewriter.runtime.estimators.directions import KINDS, draw
 from rewriter.runtime.estimators.reconstruction import average, least_squares
@@ -8,7 +7,7 @@ from rewriter.runtime.random import Key
 
 
 def problem(kind, rows, count, width, step=0):
-    directions = draw(kind, Key(1, step, "box"), rows, count, width, dtype=torch.float64).numpy()
+    directions = draw(kind, Key(1, step, "box"), rows, count, width, dtype=np.float64)
     true = np.random.default_rng(step).standard_normal((rows, width))
     return directions, true, np.einsum("nkd,nd->nk", directions, true)
 
