@@ -76,12 +76,24 @@ def _rows(shape: tuple[int, ...], other: tuple[int, ...] | None, batches: tuple[
     return Rows(moved[0], shape[moved[0]] // size) if len(moved) == 1 else None
 
 
-class _Observer(fx.Interpreter):
+class Runner(fx.Interpreter):
+    """Runs a graph over a program's model and constants: the program's own, or one made of its nodes."""
+
+    def __init__(self, program: Program, graph: fx.Graph) -> None:
+        super().__init__(program.model, graph=graph)
+        self.program = program
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return (
+            self.program.constants[target] if target.startswith(CONSTANTS) else super().get_attr(target, args, kwargs)
+        )
+
+
+class _Observer(Runner):
     """Runs the graph node by node and notes what it sees."""
 
     def __init__(self, program: Program, costs: bool) -> None:
-        super().__init__(program.model, graph=program.graph)
-        self.program = program
+        super().__init__(program, program.graph)
         self.seen: dict[str, Any] = {}
         self.costs: dict[str, Cost] = {}
         self._flops = FlopCounterMode(display=False) if costs else None
@@ -117,11 +129,6 @@ class _Observer(fx.Interpreter):
             return 0
         first = result[0] if isinstance(result, tuple | list) else result
         return int(first.shape[0])
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return (
-            self.program.constants[target] if target.startswith(CONSTANTS) else super().get_attr(target, args, kwargs)
-        )
 
 
 def _storage(tensor: Tensor) -> int:

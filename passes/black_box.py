@@ -24,6 +24,7 @@ from rewriter.runtime.segment import Segment
 from .base import Entry, Refused
 from .program import Program, Region, Value
 from .regions import inputs_of, outputs_of, regions_at
+from .rowwise import why_not_rowwise
 from .targets import Place, Target, resolve
 
 
@@ -75,13 +76,14 @@ class BlackBox(Entry):
             found = _unsuitable(place, program.module(place.module)) or regions_at(self, place, program)
             if isinstance(found, Refused):
                 return found
-            if not isinstance(program.module(place.module), Box):
-                _warn_exact_is_free(self, place.module)
             regions += found
         for region in regions:
-            refused = _check_values(region, program)
+            refused = _check_values(region, program) or _check_rowwise(region, program)
             if refused:
                 return refused
+        for target in {region.target for region in regions}:
+            if not isinstance(program.module(target), Box):
+                _warn_exact_is_free(self, target)
         return program.with_(regions=(*program.regions, *regions))
 
     def rule(
@@ -154,14 +156,26 @@ def _check_values(region: Region, program: Program) -> Refused | None:
 
 def _check_rows(region: Region, inputs: list[Value], outputs: list[Value]) -> Refused | None:
     rows = next((value.shape[0] for value in inputs if value.rows is not None), None)
-    for value in outputs:
-        if rows is not None and value.shape[:1] != (rows,):
-            return Refused(
-                region.name,
-                f"it returns {list(value.shape)} for {rows} rows of input",
-                "name a part that returns one row for each row, and leave what sums over rows to autograd",
-            )
+    if rows is None:
+        return None
+    for verb, values in (("takes", [v for v in inputs if v.rows is not None]), ("returns", outputs)):
+        for value in values:
+            if value.shape[:1] != (rows,):
+                return Refused(
+                    region.name,
+                    f"it {verb} {list(value.shape)} where its first input has {rows} rows",
+                    "name a part that returns one row for each row, and leave what sums over rows to autograd",
+                )
     return None
+
+
+def _check_rowwise(region: Region, program: Program) -> Refused | None:
+    """A box is one by contract and may be costly; what an ordinary module does can be seen."""
+    if isinstance(program.module(region.target), Box):
+        return None
+    reason = why_not_rowwise(region, program)
+    remedy = "leave it to automatic differentiation, or name a part that treats each row alone"
+    return Refused(region.name, reason, remedy) if reason else None
 
 
 def _tensors(nodes: list[fx.Node], program: Program) -> list[Value]:

@@ -156,15 +156,15 @@ class Program:
         for node in names.values():
             if node.op in ("call_module", "get_attr"):
                 self._resolves(node)
-        owners: dict[str, str] = {}
+        owners: dict[str, Region] = {}
         for region in self.regions:
             for name in region.owned:
                 if name not in names:
                     raise RewriteError("a region owns a node that is not in the graph", where=f"{region.name}: {name}")
-                if owners.setdefault(name, region.name) != region.name:
+                if owners.setdefault(name, region) is not region:
                     raise RewriteError(
                         "two plan entries rule the same part of the model",
-                        where=f"{region.name} and {owners[name]}",
+                        where=f"{region.name} ({region.entry}) and {owners[name].name} ({owners[name].entry})",
                         why="every gradient has exactly one source",
                         remedy="take one of the two entries out of the plan, or narrow its target",
                     )

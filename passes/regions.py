@@ -68,6 +68,17 @@ def _unseen(place: Place, program: Program) -> Refused:
             f"it lies inside {around[0]}, which stays whole: {program.opaque[around[0]]}",
             f"name {around[0]} instead, or change what keeps it whole",
         )
+    whole = [name for name in _called(program) if place.module.startswith(f"{name}.")]
+    if whole:
+        return Refused(
+            place.module,
+            f"it lies inside {whole[0]}, which another entry of the plan rules as a whole",
+            "take one of the two entries out of the plan",
+        )
     return Refused(
         place.module, "the model's forward does not call it on this example", "check the name against the forward"
     )
+
+
+def _called(program: Program) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_module"]

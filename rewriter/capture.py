@@ -155,7 +155,7 @@ class _Attempt:
 
     def _expand(self, traced: Traced) -> Traced:
         """Finds out by one run what each output is, and takes nested results apart into tensors."""
-        with preserved(self.model), trial_run(), torch.no_grad():
+        with preserved(self.model), trial_run(), torch.enable_grad():
             try:
                 values = interpret(
                     self.model, traced.graph, traced.constants, [t.detach().clone() for t in self.tensors]

@@ -255,7 +255,7 @@ def examples(
     rows = (len(tensors[0]), len(other[0]))
     if guards is not None and guards.reason(model, other) is not None:
         return tuple(tensors), None, rows
-    with preserved(model), trial_run(), torch.no_grad():
+    with preserved(model), trial_run(), torch.enable_grad():
         try:
             other_args, other_kwargs = tree.rebuild(other)
             model.forward(*other_args, **other_kwargs)
