@@ -31,7 +31,7 @@ class Place:
 
 
 def resolve(target: Target, model: nn.Module) -> tuple[Place, ...]:
-    """Places that a target names, in the order the model registers its modules.
+    """Places that a target names, in the order the model registers its modules; each module under its first name.
 
     Raises RewriteError with the three nearest names when nothing matches.
     """
@@ -52,7 +52,9 @@ def resolve(target: Target, model: nn.Module) -> tuple[Place, ...]:
             why="a region lies inside the model that is rewritten",
             remedy="wrap the module in another one (nn.Sequential(model)) and name it `0`",
         )
-    return tuple(found)
+    first = {id(module): name for name, module in reversed(modules.items())}
+    places = (Place(first[id(modules[place.module])], place.call, place.border) for place in found)
+    return tuple(dict.fromkeys(places))
 
 
 def _resolve_text(target: str, modules: dict[str, nn.Module]) -> list[Place]:

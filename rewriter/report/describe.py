@@ -67,6 +67,7 @@ def _node(node: fx.Node, program: Program) -> dict[str, Any]:
         "name": node.name,
         "op": node.op,
         "target": _target(node),
+        "module": type(program.module(str(node.target))).__name__ if node.op == "call_module" else None,
         "inputs": [source.name for source in node.all_input_nodes],
         "block": [name if call == 0 else f"{name}@{call}" for name, call in node.meta.get("block", ())],
         "source": node.meta.get("source", ""),

@@ -26,6 +26,7 @@ def dot(program: dict[str, Any]) -> graphviz.Digraph:
         with drawing.subgraph(name=f"cluster_{segment['name']}") as cluster:
             cluster.attr(
                 label=_heading(segment),
+                labeljust="l",
                 style="rounded,filled",
                 color="#999999",
                 fillcolor=COLOURS.get(segment["rule"], OTHER),
@@ -85,7 +86,7 @@ def _label(title: str, names: list[str], nodes: dict[str, Any]) -> str:
     real = [name for name in names if nodes[name]["op"] != "get_attr"] or names
     last = nodes[real[-1]]
     lines = [title if len(real) == 1 else f"{title}  x{len(real)}"]
-    if len(real) == 1 and last["op"] not in ("placeholder", "output") and last["target"] != title:
-        lines.append(last["target"].rpartition("torch.")[2])
+    if len(real) == 1 and last["op"] not in ("placeholder", "output"):
+        lines.append(last["module"] or last["target"].rpartition("torch.")[2])
     lines += [f"{v['dtype']}{v['shape']}" for v in last["values"] if v][:2]
     return "\n".join(lines)

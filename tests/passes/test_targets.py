@@ -73,3 +73,11 @@ def test_the_whole_model_is_refused():
     model = Net()
     with pytest.raises(RewriteError, match="whole model"):
         resolve(model, model)
+
+
+def test_a_module_with_two_names_goes_by_its_first():
+    model = Net()
+    model.again = model.blocks[1]
+    assert resolve("again.mlp", model) == (Place("blocks.1.mlp"),)
+    assert resolve("again@1", model) == (Place("blocks.1", 1),)
+    assert [place.module for place in resolve("**.mlp", model)] == [f"blocks.{i}.mlp" for i in range(4)]
