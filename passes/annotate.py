@@ -81,6 +81,7 @@ class Runner(fx.Interpreter):
 
     def __init__(self, program: Program, graph: fx.Graph) -> None:
         super().__init__(program.model, graph=graph)
+        self.extra_traceback = False  # errors of the user's own code stay as they are
         self.program = program
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

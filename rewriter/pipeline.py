@@ -20,6 +20,7 @@ from rewriter.passes.partition import Partition
 from rewriter.passes.program import Program
 from rewriter.passes.unpack import Unpack
 from rewriter.runtime.ambient import Ambient
+from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.ledger import Ledger
 from rewriter.runtime.region import Clock
 
@@ -58,9 +59,13 @@ def build(
     again: there are captures already that did not fit; this one leaves as many sizes open as it can.
     """
     wholes = frozenset(name for entry in plan for name in entry.wholes(model))
-    captured = capture(
-        model, args, kwargs, leaves=lambda module, name: name in wholes, sizes="all" if again else "rows"
-    )
+    try:
+        captured = capture(
+            model, args, kwargs, leaves=lambda module, name: name in wholes, sizes="all" if again else "rows"
+        )
+    except RewriteError:
+        _run_once(model, args, kwargs)
+        raise
     program = Program(model, captured.graph, captured.constants, opaque=captured.opaque)
     first, second, batches = examples(model, args, kwargs, captured.guards)
     with preserved(model), trial_run(), torch.enable_grad():
@@ -75,6 +80,12 @@ def build(
         len(program.regions),
     )
     return Variant(captured, program, tuple(history), emit(program, clock, ledger, rules))
+
+
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises what the model itself raises on these arguments: then that is the news, not that it was not captured."""
+    with preserved(model), trial_run(), torch.enable_grad():
+        model.forward(*args, **kwargs)
 
 
 def undisturbed(make: Callable[[], Result]) -> Result:

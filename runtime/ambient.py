@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 _KINDS = ("cpu", "cuda")
+_HAS_CUDA = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +32,19 @@ class Ambient:
         if torch._C._is_any_autocast_enabled():
             kinds = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS)
             autocast = kinds, torch.is_autocast_cache_enabled()
-        return Ambient(
-            autocast,
-            torch._C._get_deterministic_algorithms(),
-            torch._C._get_deterministic_algorithms_warn_only(),
-            torch.cuda.current_device() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
-        )
+        deterministic = torch._C._get_deterministic_algorithms()
+        device = None
+        if _HAS_CUDA and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            device = torch.cuda.current_device()
+        if autocast is None and device is None and not deterministic:
+            return PLAIN
+        warn_only = deterministic and torch._C._get_deterministic_algorithms_warn_only()
+        return Ambient(autocast, deterministic, warn_only, device)
 
     def enter(self) -> AbstractContextManager[None]:
         """Re-enter the recorded state; next to free where nothing differs."""
         current = Ambient.now()
-        return nullcontext() if current == self else self._enter(current)
+        return nullcontext() if current is self or current == self else self._enter(current)
 
     @contextmanager
     def _enter(self, current: Ambient) -> Iterator[None]:
@@ -56,3 +59,6 @@ class Ambient:
             if self.device is not None and self.device != current.device:
                 stack.enter_context(torch.cuda.device(self.device))
             yield
+
+
+PLAIN = Ambient(None, False, False, None)  # the usual case costs no object

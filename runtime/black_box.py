@@ -89,8 +89,12 @@ class BlackBoxRule:
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
         """One evaluation of the box; nothing else is computed."""
         evaluator = self.evaluator
-        rows = next((value.shape[0] for i, value in enumerate(inputs) if i not in evaluator.shared), 1)
-        outputs = evaluator.evaluate(*repeat_shared(evaluator, inputs, rows))
+        if evaluator.shared:
+            rows = next((value.shape[0] for i, value in enumerate(inputs) if i not in evaluator.shared), 1)
+            outputs = evaluator.evaluate(*repeat_shared(evaluator, inputs, rows))
+        else:
+            rows = inputs[0].shape[0]
+            outputs = evaluator.evaluate(*inputs)
         self.ledger.add(call.region, calls=1, forward=rows)
         self._rows = rows
         return Taken(evaluator.finish(inputs, outputs), (*inputs, *outputs), _Memory(len(inputs)))

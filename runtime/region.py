@@ -8,7 +8,6 @@ see exactly what they see in eager.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ class Region:
         self.name, self.rule, self.clock, self.trainable, self.returned = name, rule, clock, trainable, returned
 
     def __call__(self, *inputs: Any) -> Any:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._are_functorch_transforms_active():
             raise RewriteError(
                 "a rewritten region was called inside a torch.func transform",
                 where=self.name,
@@ -76,7 +75,7 @@ class Region:
         else:
             with torch.no_grad():
                 outputs = self.rule.forward(
-                    replace(call, needed=(False,) * len(needed)), tuple(map(_alias, inputs)), trained
+                    call._replace(needed=(False,) * len(needed)), tuple(map(_alias, inputs)), trained
                 ).outputs
         if self.returned is not None:
             outputs = tuple([outputs[position] for position in self.returned])

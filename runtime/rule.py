@@ -1,19 +1,18 @@
 """What a region asks of the rule that supplies its pullback."""
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from .ambient import Ambient
+from .ambient import PLAIN, Ambient
 from .estimators.quality import Quality
 from .random import Key
 
 Gradients = tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One forward pass of one region: what backward needs to keep the promises forward made.
 
     region: the region's name; key: its random numbers; rank: index of this process (global row = rank * rows + row);
@@ -24,7 +23,7 @@ class Call:
     key: Key
     rank: int = 0
     needed: tuple[bool, ...] = ()
-    ambient: Ambient = field(default_factory=Ambient.now)
+    ambient: Ambient = PLAIN
 
 
 @dataclass(slots=True)

@@ -417,6 +417,6 @@ def test_outputs_keep_their_form(form):
         torch.manual_seed(1)
         found.append(model(batch(8)))
     assert type(found[0]) is type(found[1])
-    left, right = (torch.utils._pytree.tree_leaves(dataclasses.asdict(v) if isinstance(v, Result) else v) for v in found)
+    left, right = (torch.utils._pytree.tree_leaves(vars(v) if isinstance(v, Result) else v) for v in found)
     for one, two in zip(left, right, strict=True):
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
