@@ -14,7 +14,7 @@ from torch import fx, nn
 from rewriter.runtime.black_box import BlackBoxRule
 from rewriter.runtime.boxes import Box
 from rewriter.runtime.boxes.box_call import BoxCall, is_box_operator
-from rewriter.runtime.errors import RewriteError, RewriteWarning
+from rewriter.runtime.errors import RewriteWarning
 from rewriter.runtime.estimators.options import Options
 from rewriter.runtime.evaluator import Evaluator, ModuleEvaluator
 from rewriter.runtime.ledger import Ledger
@@ -22,7 +22,7 @@ from rewriter.runtime.rule import Rule
 from rewriter.runtime.segment import Segment
 
 from .base import Entry, Refused
-from .program import Program, Region, Value
+from .program import Program, Region, Value, holds_box
 from .regions import inputs_of, outputs_of, regions_at
 from .rowwise import why_not_rowwise
 from .targets import Place, Target, resolve
@@ -82,7 +82,7 @@ class BlackBox(Entry):
             if refused:
                 return refused
         for target in {region.target for region in regions}:
-            if not isinstance(program.module(target), Box):
+            if not holds_box(program.module(target)):
                 _warn_exact_is_free(self, target)
         return program.with_(regions=(*program.regions, *regions))
 

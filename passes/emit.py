@@ -35,8 +35,11 @@ class _Frame:
 
 
 def emit(program: Program, clock: Clock, ledger: Ledger, rules: dict[str, Rule]) -> Emitted:
-    """Emit a partitioned program. `rules` holds the first rule of each region name; a later capture has its own code and
-    so its own rule, which shares what the first has learnt."""
+    """Emit a partitioned program.
+
+    `rules` holds the first rule of each region name. A later capture has its own code, and so its own rule, which
+    shares what the first has learnt.
+    """
     if program.partitioned is None:
         raise ValueError("emit needs a partitioned program")
     frame = _Frame()

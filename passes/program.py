@@ -203,6 +203,11 @@ def _target_text(node: fx.Node) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
+def holds_box(module: nn.Module) -> bool:
+    """Whether a module is a box or has one inside, so that autograd cannot cross it."""
+    return any(isinstance(part, Box) for part in module.modules())
+
+
 def is_box_call(node: fx.Node, program: Program) -> bool:
     """Whether a node evaluates a box: its module in an fx graph, its operator in an exported one."""
     if node.op == "call_module":

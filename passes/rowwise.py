@@ -18,10 +18,10 @@ def why_not_rowwise(region: Region, program: Program) -> str | None:
     Seen are writes into its inputs, random draws, and rows that change with the others. None too where it does not
     take random numbers at all, which proves nothing.
     """
-    values = [program.values[node.name] for node in inputs_of(program, region)]
-    assert all(isinstance(value, Value) for value in values)
+    seen = (program.values[node.name] for node in inputs_of(program, region))
+    values = [value for value in seen if isinstance(value, Value)]
     runner = Runner(program, _alone(region, program))
-    inputs = _random([value for value in values if isinstance(value, Value)])
+    inputs = _random(values)
     versions = [value._version for value in inputs]
     with torch.no_grad():
         try:

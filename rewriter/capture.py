@@ -19,7 +19,7 @@ from rewriter.runtime.errors import RewriteError
 
 from .guards import Guards
 from .interpret import interpret
-from .leaves import LeafPredicate, never
+from .leaves import LeafPredicate, has_hooks, never
 from .shadow import MismatchError, preserved, trial_run
 from .shadow import prove as prove_graph
 from .signature import Tree, flatten, tree_of_call
@@ -179,7 +179,11 @@ class _Attempt:
             for index, shape in traced.fixed.items()
             for dimension in range(1, len(shape))
         )
-        guards = Guards(self.model, traced.inlined, (*traced.conditions, *fixed))
+        # Passes drop identities from the graph, so a hook put on one later must be noticed as on an inlined module.
+        calls = {str(node.target) for node in traced.graph.find_nodes(op="call_module")}
+        plain = {name: self.model.get_submodule(name) for name in sorted(calls)}
+        identities = [name for name, part in plain.items() if type(part) is nn.Identity and not has_hooks(part)]
+        guards = Guards(self.model, (*traced.inlined, *identities), (*traced.conditions, *fixed))
         found = Capture(
             traced.graph, traced.constants, self.tree, traced.outputs, guards, front_end, dict(traced.opaque)
         )

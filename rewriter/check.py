@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rewriter.passes.program import holds_box
 from rewriter.runtime.black_box import BlackBoxRule
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.estimators.quality import Quality
 from rewriter.runtime.estimators.taylor import remainder_order
-from rewriter.runtime.evaluator import ModuleEvaluator
-from rewriter.runtime.region import Region
 from rewriter.runtime.rule import Call, Gradients, Rule, Taken
 from rewriter.runtime.segment import Segment
 
@@ -23,6 +22,7 @@ from .shadow import preserved
 from .signature import flatten
 
 if TYPE_CHECKING:
+    from .pipeline import Variant
     from .rewritten import Rewritten
 
 
@@ -88,9 +88,7 @@ def check(step: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], target
         raise RewriteError("check() needs the training mode", remedy="call step.train() first")
     with torch.enable_grad(), preserved(step.model):
         variant, _ = step._variant(args, kwargs)
-        regions, segments = variant.emitted.regions, variant.emitted.segments
-        by_region = {s.region: segments[s.name] for s in variant.program.segments if s.region}
-        with _spied(step, regions, by_region) as spies:
+        with _spied(step, variant) as spies:
             loss = step(*args, target=target, **kwargs) if target is not None else step(*args, **kwargs)
             root = _scalar(loss)
             parameters = [p for p in step.parameters() if p.requires_grad]
@@ -119,12 +117,14 @@ def _scalar(output: Any) -> Tensor:
 
 
 @contextmanager
-def _spied(step: Rewritten, regions: Any, segments: dict[str, Segment]) -> Iterator[dict[str, _Spy]]:
+def _spied(step: Rewritten, variant: Variant) -> Iterator[dict[str, _Spy]]:
     """Every region's rule watched, and everything it learns meanwhile forgotten."""
     clock = step._clock.forward
-    states = {name: region.rule.get_state() for name, region in regions.items()}
-    spies = {name: _Spy(region.rule, segments[name]) for name, region in regions.items()}
-    watched: dict[str, Region] = dict(regions)
+    program, watched = variant.program, variant.emitted.regions
+    segments = {s.region: variant.emitted.segments[s.name] for s in program.segments if s.region}
+    boxed = {region.name: holds_box(program.module(region.target)) for region in program.regions}
+    states = {name: region.rule.get_state() for name, region in watched.items()}
+    spies = {name: _Spy(region.rule, segments[name], boxed[name]) for name, region in watched.items()}
     for name, region in watched.items():
         region.rule = spies[name]
     try:
@@ -144,14 +144,16 @@ class _Seen:
     estimate: Gradients
     reference: Gradients = ()
     order: float | None = None
+    kind: str = ""
 
 
 @dataclass
 class _Spy:
-    """Stands in for a rule: first lets it answer, then answers with the reference."""
+    """Stands in for a rule: first lets it answer, then answers with the reference. boxed: autograd cannot cross it."""
 
     rule: Rule
     segment: Segment
+    boxed: bool
     answers: bool = False
     inputs: tuple[Any, ...] = ()
     seen: list[_Seen] = field(default_factory=list)
@@ -166,9 +168,10 @@ class _Spy:
             self.seen.append(_Seen(call, self.inputs, cotangents, estimate))
             return estimate
         seen = self.seen[0]
-        if isinstance(self.rule, BlackBoxRule) and not isinstance(self.rule.evaluator, ModuleEvaluator):
+        if self.boxed and isinstance(self.rule, BlackBoxRule):
             seen.reference = self.rule.exact(call, taken, cotangents, needed)
             seen.order = remainder_order(self.rule, call, self.inputs, cotangents, seen.reference)
+            seen.kind = self.rule.describe()["kind"]  # as measured now: afterwards that is forgotten
         else:
             seen.reference = _autograd(self.segment, self.inputs, cotangents, needed)
         return seen.reference
@@ -178,8 +181,7 @@ class _Spy:
         agreement = Agreement.of(zip(seen.estimate, seen.reference, strict=True))
         if seen.order is None:
             return Checked(name, "autograd", agreement, None, "compared with automatic differentiation")
-        kind = self.rule.describe()["kind"]
-        return Checked(name, "every coordinate", agreement, seen.order, _verdict(kind, seen.order))
+        return Checked(name, "every coordinate", agreement, seen.order, _verdict(seen.kind, seen.order))
 
     @property
     def quality(self) -> Quality | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rewriter.passes.program import Cost, Program, Region, Value
+from rewriter.passes.program import Cost, Program, Region, Value, holds_box
 from rewriter.passes.regions import inputs_of
-from rewriter.runtime.boxes import Box
 
 if TYPE_CHECKING:
     from .rewritten import Rewritten
@@ -38,7 +37,7 @@ def _region(region: Region, step: Rewritten) -> str:
     shown = ", ".join(str(value) for value in values if isinstance(value, Value))
     lines.append(f"  inputs: {shown}")
     if facts["rule"] == "black-box":
-        lines += _black_box(facts, isinstance(program.module(region.target), Box), _width(values))
+        lines += _black_box(facts, holds_box(program.module(region.target)), _width(values))
     counts = step.ledger[region.name]
     lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
     return "\n".join(lines)
@@ -62,7 +61,9 @@ def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
             f"  row cosine: predicted {facts['predicted_cosine']:.2f}, "
             f"measured {'not yet' if measured is None else f'{measured:.2f}'}; left out: {facts['bias']}"
         )
-        lines.append(f"  cost: {facts['rows_per_backward']:,} queries per backward beside the forward's own")
+        rows = facts["rows_per_backward"]
+        if rows is not None:  # known from the last forward
+            lines.append(f"  cost: {rows:,} queries per backward beside the forward's own")
     if not is_box:
         lines.append(
             "  simpler: this is an ordinary module; without the entry its gradient is exact and costs no probes"

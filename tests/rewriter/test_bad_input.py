@@ -1,7 +1,5 @@
 """Bad input: each a clear error that names its place, or the declared mask; no parameter ever NaN."""
 
-import copy
-
 import numpy as np
 import onnx
 import pytest
@@ -103,7 +101,7 @@ def test_masked_rows_never_reach_a_parameter(share):
         optimizer.zero_grad()
     assert all(torch.isfinite(parameter).all() for parameter in step.parameters())
     counts = step.ledger["box"]
-    assert 0.5 * share < counts.failed / counts.queries < 1.5 * share
+    assert 0.5 * share < counts.failed / counts.queries < 2 * share
 
 
 def test_a_masked_row_has_no_gradient_and_the_others_their_own():
@@ -165,10 +163,10 @@ def wide(tmp_path):
 
 
 def test_a_missing_or_corrupt_file_is_named_at_construction(wide, tmp_path):
-    with pytest.raises(BoxError, match="forest.onnx"):
+    with pytest.raises(BoxError, match=r"forest\.onnx"):
         OnnxBox(tmp_path / "forest.onnx")
     wide.write_bytes(wide.read_bytes()[:-20])
-    with pytest.raises(BoxError, match="wide.onnx"):
+    with pytest.raises(BoxError, match=r"wide\.onnx"):
         OnnxBox(wide)
 
 
@@ -226,7 +224,7 @@ def test_a_box_that_raises_at_once(example):
 
 def test_a_box_that_raises_on_some_points_is_masked_where_declared():
     def picky(x):
-        if (x[:, 0] > 0.2).any():
+        if (x.sum(1) < -1.5).any():
             raise ValueError("out of domain")
         return np.sin(x)
 
@@ -268,8 +266,15 @@ def test_a_box_inside_vmap():
 
 def test_overlapping_entries():
     model = Net(nn.Sequential(CallableBox(sine), nn.Tanh()))
-    with pytest.raises(RewriteError, match="entry of the plan|two plan entries"):
-        rewrite(model, [BlackBox("box"), BlackBox("box.0")], example=(batch()[0],))
+    for plan in (["box", "box.0"], ["box.0", "box"], ["box", "box"]):
+        with pytest.raises(RewriteError, match=r"another entry of the plan|two plan entries"):
+            rewrite(model, [BlackBox(target) for target in plan], example=(batch()[0],))
+
+
+def test_a_module_around_a_box_is_no_ordinary_module():
+    """Nothing simpler would do: autograd cannot cross the box inside (a warning would be an error here)."""
+    step = rewrite(Net(nn.Sequential(CallableBox(sine), nn.Tanh())), BlackBox("box"), example=(batch()[0],))
+    assert "simpler: this is an ordinary module" not in step.explain()
 
 
 def test_a_constant_box_is_a_warning_and_then_an_error():
@@ -277,9 +282,13 @@ def test_a_constant_box_is_a_warning_and_then_an_error():
     x, y = batch()
     with pytest.warns(RewriteWarning, match="no probe changed any output of constant"):
         step(x, target=y).backward()
-    with pytest.raises(RewriteError, match=r"no probe changed any output[\s\S]*constant"):
+
+    def go_on():
         for _ in range(50):
             step(x, target=y).backward()
+
+    with pytest.raises(RewriteError, match=r"no probe changed any output[\s\S]*constant"):
+        go_on()
     assert all(torch.isfinite(parameter.grad).all() for parameter in step.parameters())
 
 
@@ -290,5 +299,4 @@ def test_a_batch_without_rows():
     output = step(x)
     assert output.shape == (0, 3)
     output.sum().backward()
-    expected = copy.deepcopy(step.model)
-    assert torch.equal(step.before.weight.grad, torch.zeros_like(expected.before.weight))
+    assert all(p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in step.before.parameters())

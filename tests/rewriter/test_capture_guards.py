@@ -6,6 +6,7 @@ from nets import Transformer
 from oracle import compare
 from torch import nn
 
+from rewriter import rewrite
 from rewriter.capture import capture
 
 
@@ -142,3 +143,17 @@ def test_only_what_is_inlined_is_watched_by_fx():
     model = Transformer()
     guards = capture(model, (torch.randint(0, 20, (3, 8)),), {}).guards
     assert set(guards.names) == {"", *(f"blocks.{i}{part}" for i in range(2) for part in ("", ".attn", ".mlp"))}
+
+
+def test_a_hook_on_a_dropped_identity_is_noticed_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Identity(), nn.Linear(3, 2))
+    step = rewrite(model, example=(torch.randn(4, 3),))
+    seen = []
+    handle = model[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    step(torch.randn(4, 3))
+    captured = step.latest
+    seen.clear()
+    step(torch.randn(4, 3))
+    assert seen == [(4, 3)]
+    assert step.latest is captured
+    handle.remove()

@@ -54,7 +54,7 @@ def test_gradients_are_what_the_rule_returns():
 
 
 def test_a_wrong_rule_is_not_corrected():
-    rule, region, parameters, a, b = setup(scale=0.5)
+    _, region, parameters, a, b = setup(scale=0.5)
     (found,) = torch.autograd.grad(region(a, b)[0].sum(), a)
     (right,) = torch.autograd.grad((a * b * sum(parameters)).sum(), a)
     assert torch.allclose(found, right / 2)
@@ -114,7 +114,7 @@ def test_other_arguments_pass_through():
 
 
 def test_returned_picks_and_orders_outputs():
-    rule, region, _, a, b = setup()
+    _, region, _, a, b = setup()
     region.returned = (1, 0)
     count, y = region(a, b)
     assert count.dtype == torch.int64
