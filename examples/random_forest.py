@@ -202,7 +202,7 @@ METHODS: dict[str, Callable[[Network, int], Method]] = {
     "end-to-end SPSA": EndToEndSPSA,
 }
 RATES = {  # of Adam, chosen by benchmarks/races.py on seeds of its own
-    "rewriter": 1e-2,
+    "rewriter": 6e-3,
     "frozen encoder": 1e-2,
     "finite differences": 1e-2,
     "end-to-end SPSA": 3e-3,

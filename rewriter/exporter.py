@@ -117,7 +117,8 @@ def _refuse_custom_backward() -> Iterator[None]:
         raise UnfitError("runs a part under saved-tensor hooks (checkpoint, save_on_cpu), which it would drop")
 
     def refuse_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.startswith("torch.") and cls is not torch.utils.checkpoint.CheckpointFunction:
+        known = cls.__module__.startswith(("torch.", "rewriter.runtime.boxes."))  # a box is one operator in the graph
+        if known and cls is not torch.utils.checkpoint.CheckpointFunction:
             return apply.__get__(None, cls)(*args, **kwargs)
         raise UnfitError(f"calls the autograd.Function {cls.__name__}, whose backward torch.export would drop")
 

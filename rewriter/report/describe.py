@@ -61,8 +61,6 @@ def _segment(segment: Segment, program: Program) -> dict[str, Any]:
 
 
 def _node(node: fx.Node, program: Program) -> dict[str, Any]:
-    value = program.values.get(node.name)
-    items = value if isinstance(value, tuple) else (value,)
     return {
         "name": node.name,
         "op": node.op,
@@ -71,9 +69,14 @@ def _node(node: fx.Node, program: Program) -> dict[str, Any]:
         "inputs": [source.name for source in node.all_input_nodes],
         "block": [name if call == 0 else f"{name}@{call}" for name, call in node.meta.get("block", ())],
         "source": node.meta.get("source", ""),
-        "values": [_value(item) for item in items],
+        "values": [_value(item) for item in _items(program.values.get(node.name))],
         "cost": _cost(program.costs.get(node.name, Cost())),
     }
+
+
+def _items(value: Any) -> list[Value | None]:
+    """A value, or the values inside a tuple, nested ones in order."""
+    return [inner for item in value for inner in _items(item)] if isinstance(value, tuple) else [value]
 
 
 def _value(value: Value | None) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ READABLE = 40  # boxes per cluster; a larger segment is drawn by its blocks
 
 
 def dot(program: dict[str, Any]) -> graphviz.Digraph:
-    """Draw the data that `describe` makes. Large exact segments show one box per outermost block ("x24" nodes)."""
+    """Draw the data that `describe` makes. Large segments show one box per block ("x24" nodes)."""
     drawing = graphviz.Digraph(
         "program",
         graph_attr={"rankdir": "TB", "fontname": "sans-serif", "label": _title(program), "labelloc": "t"},
@@ -31,8 +31,9 @@ def dot(program: dict[str, Any]) -> graphviz.Digraph:
                 color="#999999",
                 fillcolor=COLOURS.get(segment["rule"], OTHER),
             )
-            for box, names in members.items():
-                cluster.node(box, label=_label(box.partition("/")[2], names, nodes))
+            for title, names in members.items():
+                box = title.replace(":", "_")  # graphviz takes a colon for the start of a port
+                cluster.node(box, label=_label(title.partition("/")[2], names, nodes))
                 boxes.update(dict.fromkeys(names, box))
     for node in program["nodes"]:
         if node["op"] in ("placeholder", "output"):
@@ -71,15 +72,23 @@ def _boxes(segment: dict[str, Any], nodes: dict[str, Any]) -> dict[str, list[str
     read = {source for name in segment["nodes"] for source in nodes[name]["inputs"]}
     shown = [name for name in segment["nodes"] if nodes[name]["op"] != "get_attr" or name not in read]
     found: dict[str, list[str]] = {}
-    for name in shown:
-        block = nodes[name]["block"]
-        key = block[0] if len(shown) > READABLE and block else name
+    for name, key in _keys(shown, nodes).items():
         found.setdefault(f"{segment['name']}/{key}", []).append(name)
     hidden = [name for name in segment["nodes"] if name not in shown]
     for name in hidden:
         user = next(other for other in shown if name in nodes[other]["inputs"])
         next(names for names in found.values() if user in names).append(name)
     return found
+
+
+def _keys(shown: list[str], nodes: dict[str, Any]) -> dict[str, str]:
+    """What each node is drawn as: itself, or where that is too much, its block at the greatest readable depth."""
+    keys = {name: name for name in shown}
+    depth = max((len(nodes[name]["block"]) for name in shown), default=0)
+    while len(set(keys.values())) > READABLE and depth:
+        keys = {name: (nodes[name]["block"][:depth] or [name])[-1] for name in shown}
+        depth -= 1
+    return keys
 
 
 def _label(title: str, names: list[str], nodes: dict[str, Any]) -> str:
@@ -89,4 +98,4 @@ def _label(title: str, names: list[str], nodes: dict[str, Any]) -> str:
     if len(real) == 1 and last["op"] not in ("placeholder", "output"):
         lines.append(last["module"] or last["target"].rpartition("torch.")[2])
     lines += [f"{v['dtype']}{v['shape']}" for v in last["values"] if v][:2]
-    return "\n".join(lines)
+    return str(graphviz.escape("\n".join(lines)))
