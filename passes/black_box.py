@@ -151,7 +151,14 @@ def _check_values(region: Region, program: Program) -> Refused | None:
                 f"the rows of a value {list(value.shape)} lie in dimension {value.rows.dimension}",
                 "transpose it so that rows come first, inside the model, before the box",
             )
-    return _check_rows(region, _tensors(inputs, program), _tensors(outputs, program))
+    taken, given = _tensors(inputs, program), _tensors(outputs, program)
+    if any(value.differentiable for value in taken) and not any(value.dtype.is_floating_point for value in given):
+        return Refused(
+            region.name,
+            "it returns whole numbers only, which carry no cotangent to contract its probes with",
+            "return floating numbers (`.astype(float)`), or detach its input if no gradient should cross it",
+        )
+    return _check_rows(region, taken, given)
 
 
 def _check_rows(region: Region, inputs: list[Value], outputs: list[Value]) -> Refused | None:

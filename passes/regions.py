@@ -66,7 +66,8 @@ def _unseen(place: Place, program: Program) -> Refused:
         return Refused(
             place.module,
             f"it lies inside {around[0]}, which stays whole: {program.opaque[around[0]]}",
-            f"name {around[0]} instead, or change what keeps it whole",
+            f"call it outside {around[0]}, or change what keeps that whole; naming {around[0]} itself helps only if "
+            "nothing in it is trained",
         )
     whole = [name for name in _called(program) if place.module.startswith(f"{name}.")]
     if whole:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.runtime.boxes import Box
 from rewriter.runtime.errors import RewriteError
 
 from .guards import Guards
@@ -179,11 +180,7 @@ class _Attempt:
             for index, shape in traced.fixed.items()
             for dimension in range(1, len(shape))
         )
-        # Passes drop identities from the graph, so a hook put on one later must be noticed as on an inlined module.
-        calls = {str(node.target) for node in traced.graph.find_nodes(op="call_module")}
-        plain = {name: self.model.get_submodule(name) for name in sorted(calls)}
-        identities = [name for name, part in plain.items() if type(part) is nn.Identity and not has_hooks(part)]
-        guards = Guards(self.model, (*traced.inlined, *identities), (*traced.conditions, *fixed))
+        guards = Guards(self.model, traced.inlined, (*traced.conditions, *fixed), self._quiet(traced))
         found = Capture(
             traced.graph, traced.constants, self.tree, traced.outputs, guards, front_end, dict(traced.opaque)
         )
@@ -195,6 +192,17 @@ class _Attempt:
                 self.reasons[front_end] = ("", f"its graph was wrong: {mismatch}")
                 return None
         return found
+
+    def _quiet(self, traced: Traced) -> list[str]:
+        """Parts whose hooks would not run: identities are dropped from the graph, regions run boxes and whole parts."""
+        called = {str(node.target): None for node in traced.graph.find_nodes(op="call_module")}
+        parts = {name: self.model.get_submodule(name) for name in called}
+        ruled = {
+            name: part
+            for name, part in parts.items()
+            if type(part) is nn.Identity or isinstance(part, Box) or self.leaves(part, name)
+        }
+        return [name for name, part in ruled.items() if not has_hooks(part)]
 
     def _runner(self, found: Capture) -> Any:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -64,16 +64,23 @@ class Checked:
 
 @dataclass(frozen=True)
 class Report:
-    """`str(report)` is the table. parameters: all trainable parameters, estimate against reference."""
+    """`str(report)` is the table.
+
+    parameters: all trainable parameters (and inputs that require gradients), estimate against reference; silent:
+    regions that this batch asked no gradient of.
+    """
 
     regions: tuple[Checked, ...]
     parameters: Agreement
+    silent: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = []
         for each in self.regions:
             lines.append(f"{each.region}: gradient of its inputs  {each.inputs}  (reference: {each.reference})")
             lines.append(f"  {each.verdict}")
+        for name in self.silent:
+            lines.append(f"{name}: no gradient asked: nothing before it requires one, or nothing after it is used")
         lines.append(f"parameters of the model:  {self.parameters}")
         return "\n".join(lines)
 
@@ -91,15 +98,20 @@ def check(step: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], target
         with _spied(step, variant) as spies:
             loss = step(*args, target=target, **kwargs) if target is not None else step(*args, **kwargs)
             root = _scalar(loss)
-            parameters = [p for p in step.parameters() if p.requires_grad]
+            given = [t for t in flatten((args, kwargs))[0] if t.requires_grad]
+            parameters = [*(p for p in step.parameters() if p.requires_grad), *given]
             if not parameters or not root.requires_grad:
-                raise RewriteError("check() found nothing to differentiate", remedy="unfreeze a parameter")
+                raise RewriteError(
+                    "check() found nothing to differentiate",
+                    remedy="unfreeze a parameter, or pass an input that requires gradients",
+                )
             estimate = torch.autograd.grad(root, parameters, retain_graph=True, allow_unused=True)
             for spy in spies.values():
                 spy.answers = True
             reference = torch.autograd.grad(root, parameters, allow_unused=True)
         found = tuple(spy.checked(name) for name, spy in spies.items() if spy.seen)
-    return Report(found, Agreement.of(zip(estimate, reference, strict=True)))
+        silent = tuple(name for name, spy in spies.items() if not spy.seen)
+    return Report(found, Agreement.of(zip(estimate, reference, strict=True)), silent)
 
 
 def _scalar(output: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rewriter.passes.program import Cost, Program, Region, Value, holds_box
@@ -37,21 +38,23 @@ def _region(region: Region, step: Rewritten) -> str:
     shown = ", ".join(str(value) for value in values if isinstance(value, Value))
     lines.append(f"  inputs: {shown}")
     if facts["rule"] == "black-box":
-        lines += _black_box(facts, holds_box(program.module(region.target)), _width(values))
+        lines += _black_box(facts, holds_box(program.module(region.target)), facts["width"] or _width(values))
     counts = step.ledger[region.name]
     lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
     return "\n".join(lines)
 
 
 def _width(values: list[Any]) -> int:
-    return sum(value.width for value in values if isinstance(value, Value) and value.dtype.is_floating_point)
+    """Of a row of the box: rows of the model that were folded into its dimension 0 are rows of their own."""
+    floating = [value for value in values if isinstance(value, Value) and value.dtype.is_floating_point]
+    return sum(math.prod(value.shape[1:] if value.rows else value.shape) for value in floating)
 
 
 def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
     probes, measured = facts["probes"], facts["measured_cosine"]
     lines = [f"  {probes} {facts['directions']} probe(s) per row of width {width}, {facts['difference']} difference"]
     if facts["step_size"] is None:
-        lines.append("  step size: not measured yet (the first backward does)")
+        lines.append("  step size: not measured yet; the first backward that asks for its gradient does")
     else:
         lines.append(
             f"  step size: {facts['step_size']:.3g} of the input scale, {facts['absolute_step']:.3g} in its units; "

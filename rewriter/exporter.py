@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import re
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, Literal
@@ -112,13 +114,16 @@ def _refuse_modules(model: nn.Module) -> None:
 def _refuse_custom_backward() -> Iterator[None]:
     """torch.export inlines checkpointed parts and the forward of an autograd.Function; both lose their backward."""
     enter, apply = saved_tensors_hooks.__enter__, Function.__dict__["apply"]
+    owner = threading.get_ident()
 
     def refuse_enter(self: Any) -> None:
+        if threading.get_ident() != owner:
+            return enter(self)
         raise UnfitError("runs a part under saved-tensor hooks (checkpoint, save_on_cpu), which it would drop")
 
     def refuse_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         known = cls.__module__.startswith(("torch.", "rewriter.runtime.boxes."))  # a box is one operator in the graph
-        if known and cls is not torch.utils.checkpoint.CheckpointFunction:
+        if threading.get_ident() != owner or (known and cls is not torch.utils.checkpoint.CheckpointFunction):
             return apply.__get__(None, cls)(*args, **kwargs)
         raise UnfitError(f"calls the autograd.Function {cls.__name__}, whose backward torch.export would drop")
 
@@ -131,6 +136,17 @@ def _refuse_custom_backward() -> Iterator[None]:
         Function.apply = apply  # type: ignore[method-assign]
 
 
+class _Muted(io.StringIO):
+    """Swallows what this thread writes, and passes on what others do."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """torch.export logs and prints its failures; a failed attempt is a reason here, not an event."""
@@ -138,7 +154,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(_Muted(sys.stderr)):
             yield
     finally:
         logger.setLevel(level)

@@ -34,10 +34,13 @@ class Guards:
 
     names:      the modules whose flags, children and hooks are part of the graph (the inlined ones, or all)
     conditions: Python expressions over `s`, the sizes of the call's tensors: "s[0][1] == 64"
+    quiet:      modules that may not get hooks, and may change otherwise: what the graph drops or a region runs
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], conditions: Sequence[str] = ()) -> None:
-        self.names, self.conditions = tuple(names), tuple(conditions)
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], conditions: Sequence[str] = (), quiet: Iterable[str] = ()
+    ) -> None:
+        self.names, self.conditions, self.quiet = tuple(names), tuple(conditions), tuple(quiet)
         modules = {name: model.get_submodule(name) for name in self.names}
         self._expected = {name: _flags(module) for name, module in modules.items()}
         first = next(model.parameters(), None)
@@ -66,7 +69,7 @@ class Guards:
 
     def __getstate__(self) -> dict[str, Any]:
         """Bound to no model: a copy or an unpickled one binds to the model it is first asked about."""
-        kept = ("names", "conditions", "_expected", "_kind")
+        kept = ("names", "conditions", "quiet", "_expected", "_kind")
         return {name: vars(self)[name] for name in kept} | {"_model": None}
 
     def _bind(self, model: nn.Module) -> None:
@@ -86,8 +89,9 @@ class Guards:
         ]
         self._children = [module._modules for module in modules.values()]
         self._expected_children = [dict(children) for children in self._children]
-        self._hooked = [name for name in self.names if name]  # the root's own hooks run around the graph
-        self._hooks = [getattr(modules[name], hook) for name in self._hooked for hook in HOOKS]
+        # The root's own hooks run around the graph.
+        self._hooked = [name for name in (*self.names, *self.quiet) if name]
+        self._hooks = [getattr(model.get_submodule(name), hook) for name in self._hooked for hook in HOOKS]
         self._first = next(model.parameters(), None)  # stands for all: .to() and .half() move them together
         self._sizes = _compile(self.conditions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from rewriter.passes.partition import Partition
 from rewriter.passes.program import Program
 from rewriter.passes.unpack import Unpack
 from rewriter.runtime.ambient import Ambient
+from rewriter.runtime.boxes import Box
+from rewriter.runtime.boxes.operator import counted_rows
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.ledger import Ledger
 from rewriter.runtime.region import Clock
@@ -31,6 +34,9 @@ from .state import Rules
 
 log = logging.getLogger("rewriter")
 Result = TypeVar("Result")
+
+# Capture patches torch and builtins for as long as it runs; other threads are passed by, other captures wait.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,19 @@ def build(
 
     again: there are captures already that did not fit; this one leaves as many sizes open as it can.
     """
+    with counted_rows() as rows:
+        captured, program, history = _analyse(model, plan, args, kwargs, again)
+    emitted = emit(program, clock, ledger, rules)
+    for region in program.regions:
+        part = model.get_submodule(region.target)
+        if isinstance(part, Box):
+            ledger.add(region.name, capture=rows.pop(part._handle, 0))
+    return Variant(captured, program, tuple(history), emitted)
+
+
+def _analyse(
+    model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool
+) -> tuple[Capture, Program, list[Step]]:
     wholes = frozenset(name for entry in plan for name in entry.wholes(model))
     try:
         captured = capture(
@@ -79,7 +98,7 @@ def build(
         len(program.segments),
         len(program.regions),
     )
-    return Variant(captured, program, tuple(history), emit(program, clock, ledger, rules))
+    return captured, program, history
 
 
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,17 +108,18 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def undisturbed(make: Callable[[], Result]) -> Result:
-    """Run `make` without the caller's saved-tensor hooks (checkpoint, offloading) and outside any running backward.
+    """Run `make` alone, without the caller's saved-tensor hooks (checkpoint, offloading), outside any running backward.
 
     Both are states of a thread, so a fresh thread is free of them; autocast is taken along.
     """
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     if not hooked and torch._C._current_graph_task_id() == -1:
-        return make()
+        with _ONE_AT_A_TIME:
+            return make()
     ambient = Ambient.now()
 
     def run() -> Result:
-        with ambient.enter(), torch.enable_grad():
+        with _ONE_AT_A_TIME, ambient.enter(), torch.enable_grad():
             return make()
 
     with ThreadPoolExecutor(1) as fresh:

@@ -118,20 +118,33 @@ class Rewritten(nn.Module):
                 why=reason or "each new dtype, rank, tree structure, None, flag or constant argument is one",
                 remedy="pass changing numbers as tensors, pad to few shapes, or call step.recapture() to start over",
             )
-        variant = undisturbed(lambda: self._build(args, kwargs, again=bool(candidates)))
-        candidates.append(variant)
+        variant = undisturbed(lambda: self._build(args, kwargs, tensors, candidates))
         self._share_children()  # one may have been replaced
         self.__dict__["_latest"] = variant
         return variant, tensors
 
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Variant:
+    def _build(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor], candidates: list[Variant]
+    ) -> Variant:
         model = self.model
+        for variant in candidates:  # another thread may have made it while this one waited
+            if variant.captured.guards.reason(model, tensors) is None:
+                return variant
         # A pre-hook of the root may change the arguments while the emitted forward is lent; capture needs the user's.
         own = type(model).forward.__get__(model) if model.__dict__.get("forward") == self._emitted_forward else None
         with nullcontext() if own is None else _forward(model, own):
-            return build(
-                model, self.plan, args, kwargs, clock=self._clock, ledger=self.ledger, rules=self._rules, again=again
+            variant = build(
+                model,
+                self.plan,
+                args,
+                kwargs,
+                clock=self._clock,
+                ledger=self.ledger,
+                rules=self._rules,
+                again=bool(candidates),
             )
+        candidates.append(variant)
+        return variant
 
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Capture for these arguments now instead of at the first call."""

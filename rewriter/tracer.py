@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from types import FrameType
@@ -49,6 +50,7 @@ class CaptureTracer(fx.Tracer):
         self.inlined: dict[str, nn.Module] = {"": model}
         self.constants: dict[str, Tensor] = {}
         self._leaves = leaves
+        self._thread = threading.get_ident()
         self._paths = {module: name for name, module in model.named_modules()}
         self._held = names_of_tensors(model)
         self._constant_names: dict[int, str] = {}
@@ -93,6 +95,8 @@ class CaptureTracer(fx.Tracer):
         return run, []
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # fx patches every module of the process; this one is somebody else's
         if m not in self._paths and not len(list(m.parameters())) and not len(list(m.buffers())):
             return forward(*args, **kwargs)  # made on the way, as in nn.Softmax(dim=-1)(x)
         name = self._name_of(m)
@@ -152,7 +156,7 @@ class CaptureTracer(fx.Tracer):
             random.restore()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        if isinstance(attr_val, Tensor):
+        if isinstance(attr_val, Tensor) and threading.get_ident() == self._thread:
             name = self._held.get(id(attr_val))
             if name is not None:
                 kind = HeldParameter if isinstance(attr_val, nn.Parameter) else Held

@@ -1,5 +1,6 @@
 """The rule for boxes without a derivative: finite-difference probes of each row, contracted with its cotangent."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from .ledger import Ledger
 from .rule import Call, Gradients, Taken
 
 __all__ = ["BlackBoxRule", "Evaluator", "ModuleEvaluator"]
+
+log = logging.getLogger("rewriter.runtime")
 
 _ROWS, _SHARED = "rows", "shared"
 
@@ -156,10 +159,17 @@ class BlackBoxRule:
 
     def get_state(self) -> dict[str, Any]:
         """Running statistics of both groups: tensors, numbers and strings."""
-        return {group: estimator.get_state() for group, estimator in self._estimators.items()}
+        states: dict[str, Any] = {group: estimator.get_state() for group, estimator in self._estimators.items()}
+        return {**states, "options": repr(self.options)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from what `get_state` returned, bit for bit."""
+        """Continues from what `get_state` returned, bit for bit.
+
+        What was learnt under other options does not fit these: it is left aside, and a warning is logged.
+        """
+        if state.get("options", repr(self.options)) != repr(self.options):
+            log.warning("%s: the options changed, so what was learnt under others starts anew", self.evaluator.label)
+            return
         for group, estimator in self._estimators.items():
             estimator.set_state(state[group])
 

@@ -10,10 +10,12 @@ _PURPOSES = ("forward", "probes", "step_size", "quality", "check")
 class Counts:
     """One region's spending.
 
+    capture: rows the box evaluated while the model was captured and proven, apart from all that follows;
     calls: calls of the box; forward, probes, step_size, quality, check: queries (rows evaluated by the box) by purpose;
     failed: queries among them that came back non-finite; forwards: extra forwards of differentiable parts; vjps
     """
 
+    capture: int = 0
     calls: int = 0
     forward: int = 0
     probes: int = 0
@@ -26,11 +28,11 @@ class Counts:
 
     @property
     def queries(self) -> int:
-        """Rows evaluated by the box, whatever for."""
+        """Rows evaluated by the box since capture, whatever for."""
         return sum(getattr(self, purpose) for purpose in _PURPOSES)
 
 
-_COLUMNS = ("calls", "queries", *_PURPOSES, "failed", "forwards", "vjps")
+_COLUMNS = ("capture", "calls", "queries", *_PURPOSES, "failed", "forwards", "vjps")
 
 
 class Ledger:

@@ -25,6 +25,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _BOXES: "weakref.WeakValueDictionary[int, Box]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count(1)
 _SURROGATE: ContextVar[bool] = ContextVar("surrogate_pullback", default=False)
+_COUNTED: ContextVar[dict[int, int] | None] = ContextVar("counted_rows", default=None)
 _MEMORY: ContextVar[dict[object, list[Tensor]] | None] = ContextVar("memoised", default=None)
 
 _LIBRARY = torch.library.Library("rewriter", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -91,6 +92,24 @@ def memoised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def counted_rows() -> Iterator[dict[int, int]]:
+    """Rows that boxes evaluate inside `memoised`, by handle, remembered answers left out."""
+    counts: dict[int, int] = {}
+    token = _COUNTED.set(counts)
+    try:
+        yield counts
+    finally:
+        _COUNTED.reset(token)
+
+
+def count_rows(handle: int, rows: int) -> None:
+    """Adds to what `counted_rows` counts, where it is active."""
+    counts = _COUNTED.get()
+    if counts is not None:
+        counts[handle] = counts.get(handle, 0) + rows
+
+
+@contextlib.contextmanager
 def user_code() -> Iterator[None]:
     """Run a function of the user as if called from outside any operator: autograd works in it, and nothing is taped."""
     with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.no_grad():
@@ -116,6 +135,7 @@ def _run(handle: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     key = (handle, torch.get_default_dtype(), *map(_fingerprint, inputs))
     if key not in memory:
         memory[key] = box.run(inputs)
+        count_rows(handle, len(memory[key][0]))
     return [output.clone() for output in memory[key]]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rewriter.runtime.errors import BoxError
 
 from .arrays import NUMPY_DTYPES, TORCH_DTYPES, dtype_class, in_words, leave
-from .operator import evaluate_box, register
+from .operator import count_rows, evaluate_box, register
 
 Array = NDArray[Any]
 NonFinite = Literal["raise", "zero", "keep"]
@@ -216,6 +216,7 @@ class Box(nn.Module, ABC):
         ]
         try:
             outputs = self.compute(arrays, 2)
+            count_rows(self._handle, 2)
         except BoxError as error:
             raise BoxError(
                 f"the shapes that {self.label} returns are not known yet, and two rows of zeros do not tell",

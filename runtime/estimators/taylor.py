@@ -43,13 +43,13 @@ def remainder_order(
     for i, move in moves.items():
         gradient = gradients[i]
         assert gradient is not None
-        predicted = predicted.to(move.device) + (gradient[:few].double() * move.double()).flatten(1).sum(1)
+        predicted = predicted.to(move.device) + (gradient[:few].double() * move.double()).reshape(few, -1).sum(1)
 
     def objective(step: float) -> Tensor:
         points = [v + step * moves[i] if i in moves else v for i, v in enumerate(wide)]
         outputs = evaluator.evaluate(*repeat_shared(evaluator, points, few))
         rule.ledger.add(call.region, calls=1, check=few)
-        return torch.stack([(outputs[k].double() * v.double()).flatten(1).sum(1) for k, v in kept]).sum(0)
+        return torch.stack([(outputs[k].double() * v.double()).reshape(few, -1).sum(1) for k, v in kept]).sum(0)
 
     base = objective(0.0)
     steps = [0.1 * 2.0**-k for k in range(1, HALVINGS + 1)]

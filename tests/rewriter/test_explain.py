@@ -44,7 +44,7 @@ def test_before_the_first_backward():
         "part: black-box (BlackBox('part', probes=2))",
         "  inputs: float32[64, 8] rows dim 0",
         "  2 orthogonal probe(s) per row of width 8, forward difference",
-        "  step size: not measured yet (the first backward does)",
+        "  step size: not measured yet; the first backward that asks for its gradient does",
         "  simpler: probes=8 would be exact up to the step's bias, at 4.0 x the queries",
         "  spent so far: 0 queries in 0 calls, 0 failed",
         text.splitlines()[-1],

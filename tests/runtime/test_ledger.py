@@ -8,6 +8,7 @@ from rewriter.runtime.ledger import Ledger
 
 def test_counts_by_region_and_purpose():
     ledger = Ledger()
+    ledger.add("a", capture=7)
     ledger.add("a", calls=1, forward=128)
     ledger.add("a", calls=1, probes=256, quality=128, failed=3)
     ledger.add("b", vjps=1, forwards=2)
@@ -23,7 +24,7 @@ def test_counts_by_region_and_purpose():
     lines = str(ledger).splitlines()
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
-    assert lines[1].split()[:3] == ["a", "2", "512"]
+    assert lines[1].split()[:4] == ["a", "7", "2", "512"]
 
 
 def test_unknown_names_are_refused():

@@ -1,0 +1,121 @@
+"""What first users run into: threads, hooks put on late, other options for an old checkpoint, boxes of one number."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rewriter import BlackBox, CallableBox, Plan, RewriteError, rewrite
+
+WEIGHTS = np.random.default_rng(0).normal(size=(4, 3))
+PLAN = Plan([BlackBox("box")])
+
+
+class Model(nn.Module):
+    def __init__(self, function=lambda x: np.tanh(x @ WEIGHTS), width=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.box, self.head = nn.Linear(5, 4), CallableBox(function), nn.Linear(width, 2)
+
+    def forward(self, x):
+        y = self.box(self.encoder(x))
+        return self.head((y.unsqueeze(1) if y.dim() == 1 else y).float())
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 5, generator=generator), torch.randint(0, 2, (8,), generator=generator)
+
+
+def test_threads_capture_one_at_a_time_and_disturb_nobody():
+    x, y = batch()
+    errors, stop = [], threading.Event()
+    bystander_model = nn.Sequential(nn.Linear(5, 4), nn.LSTM(4, 3))
+
+    def guarded(work):
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    def bystander():
+        while not stop.is_set():
+            guarded(lambda: bystander_model(x))
+
+    shared = rewrite(Model(), PLAN, loss=F.cross_entropy)
+    works = [lambda: rewrite(Model(), PLAN, loss=F.cross_entropy, example=(x,))] * 3
+    works += [lambda: shared(x, target=y).backward()] * 3
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    watcher = threading.Thread(target=bystander)
+    watcher.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    watcher.join()
+    assert errors == []
+    assert sum(map(len, shared._variants.values())) == 1
+    assert isinstance.__self__.__name__ == "builtins"
+
+
+def test_capture_is_counted_apart():
+    x, _ = batch()
+    rows = []
+
+    def counted(values):
+        rows.append(len(values))
+        return np.tanh(values @ WEIGHTS)
+
+    step = rewrite(Model(counted), PLAN, loss=F.cross_entropy, example=(x,))
+    assert step.ledger["box"].capture == sum(rows) > 0
+    assert step.ledger["box"].queries == 0
+
+
+def test_a_hook_put_on_a_box_later_is_noticed():
+    x, y = batch()
+    step = rewrite(Model(), PLAN, loss=F.cross_entropy, example=(x,))
+    step.model.box.register_forward_hook(lambda module, inputs, output: output * 0)
+    with pytest.raises(RewriteError, match="hooks"):
+        step(x, target=y)
+
+
+def test_options_of_the_plan_win_over_a_checkpoint():
+    x, y = batch()
+    learnt = rewrite(Model(), PLAN, loss=F.cross_entropy)
+    learnt(x, target=y).backward()
+    step = rewrite(
+        Model(), Plan([BlackBox("box", step_size=0.01, input_scale=5.0)]), loss=F.cross_entropy, example=(x,)
+    )
+    step.load_state_dict(learnt.state_dict())
+    step(x, target=y).backward()
+    assert step._rules["box"].describe()["absolute_step"] == pytest.approx(0.05)
+    same = rewrite(Model(), PLAN, loss=F.cross_entropy, example=(x,))
+    same.load_state_dict(learnt.state_dict())
+    assert str(same._rules["box"].get_state()) == str(learnt._rules["box"].get_state())
+
+
+def test_a_box_of_one_number_a_row_can_be_checked():
+    x, y = batch()
+    step = rewrite(Model(lambda v: np.sin(v).sum(1), width=1), Plan([BlackBox("box", probes=4)]), loss=F.cross_entropy)
+    (region,) = step.check(x, target=y).regions
+    assert region.inputs.cosine > 0.999
+    assert region.order > 1.5
+
+
+def test_whole_numbers_carry_no_gradient():
+    x, _ = batch()
+    with pytest.raises(RewriteError, match="whole numbers only"):
+        rewrite(Model(lambda v: (v > 0).astype(int)[:, :3]), PLAN, example=(x,))
+
+
+def test_a_region_no_gradient_reaches_is_named():
+    x, y = batch()
+    step = rewrite(Model(), PLAN, loss=F.cross_entropy)
+    step.model.encoder.requires_grad_(False)
+    report = step.check(x, target=y)
+    assert report.silent == ("box",)
+    assert "box: no gradient asked" in str(report)
