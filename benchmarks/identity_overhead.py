@@ -78,12 +78,12 @@ def step_time(call, tokens, parameters):
     return spent
 
 
-def overhead(rounds=50):
+def overhead(rounds=150):
     torch.manual_seed(0)
     model = Transformer()
     step = rewrite(model)
     parameters = list(model.parameters())
-    tokens = torch.randint(0, 100, (4, 24))
+    tokens = torch.randint(0, 100, (2, 12))
     eager, rewritten = [], []
     for _ in range(rounds + 3):
         eager.append(step_time(model, tokens, parameters))
