@@ -214,12 +214,6 @@ def test_a_hook_inside_a_region_is_refused():
 def test_gradient_scaler_in_float16():
     eager, step = pair()
     skipped = {}
-
-    def go(call):
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
-        module = step if call(*batch()).grad_fn is None else None
-        return scaler, module
-
     for key, model, call in (
         ("eager", eager, lambda x, y: F.cross_entropy(eager(x), y)),
         ("step", step, lambda x, y: step(x, target=y)),
