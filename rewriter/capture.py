@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.runtime.boxes import Box
-from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.errors import BoxError, RewriteError
 
 from .guards import Guards
 from .interpret import interpret
@@ -161,6 +161,8 @@ class _Attempt:
                 values = interpret(
                     self.model, traced.graph, traced.constants, [t.detach().clone() for t in self.tensors]
                 )
+            except BoxError:
+                raise  # the box failed, not the graph
             except Exception as error:
                 raise UnfitError(f"the graph does not run: {describe(error)}") from error
         output = traced.graph.output_node()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rewriter import BlackBox, CallableBox, Plan, RewriteError, rewrite
+from rewriter import BlackBox, BoxError, CallableBox, Plan, RewriteError, rewrite
 
 WEIGHTS = np.random.default_rng(0).normal(size=(4, 3))
 PLAN = Plan([BlackBox("box")])
@@ -119,3 +119,12 @@ def test_a_region_no_gradient_reaches_is_named():
     report = step.check(x, target=y)
     assert report.silent == ("box",)
     assert "box: no gradient asked" in str(report)
+
+
+def test_a_box_that_fails_while_the_model_is_captured_says_so():
+    def broken(values):
+        raise RuntimeError("licence server unreachable")
+
+    x, _ = batch()
+    with pytest.raises(BoxError, match="licence server unreachable"):
+        rewrite(Model(broken), PLAN, loss=F.cross_entropy, example=(x,))
