@@ -3,6 +3,7 @@
 from .callable_box import CallableBox
 from .onnx_box import OnnxBox
 from .onnx_runtime import onnxruntime_report
+from .program import ExternalProgram
 from .protocol import Box
 
-__all__ = ["Box", "CallableBox", "OnnxBox", "onnxruntime_report"]
+__all__ = ["Box", "CallableBox", "ExternalProgram", "OnnxBox", "onnxruntime_report"]

@@ -1,22 +1,24 @@
-"""A numpy function as a box: batched, or per row over a pool of threads."""
+"""A numpy function as a box: batched or per row, inline or over threads, processes or any executor."""
 
 import functools
 import inspect
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, final
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rewriter.runtime.domain import Domain
 from rewriter.runtime.errors import BoxError
 
-from .operator import user_code
-from .protocol import Array, Box, Layout, NonFinite
-
-_BLOCKS_PER_WORKER = 4  # rows may differ in cost: small blocks keep all workers busy to the end
+from .assemble import assemble
+from .contract import rows_of
+from .protocol import Array, Box, NonFinite
+from .task import Failure, Task
+from .workers import Lent, Workers
 
 
 @final
@@ -25,16 +27,34 @@ class CallableBox(Box):
 
     function: batched, (n, ...) arrays in, (n, ...) arrays out; with `per_row=True` it gets one row of each input
               (an array, or a number where rows are numbers) and returns one row of each output
-    workers:  threads that evaluate rows (per_row only; default: the number of processors)
+    executor: what evaluates blocks of rows. "threads:4"; "processes:2" (by spawn, with single-threaded numeric
+              libraries); a function without arguments that makes a `concurrent.futures.Executor`; or an `Executor`.
+              None: one thread per processor with `per_row`, else no block and no worker but a call on the whole batch.
+              Processes start when rows first come; each loads a pickle of the function as it was when the box was
+              made. Boxes with equal functions share them
+    timeout:  seconds that one call of the function may take: one row with `per_row`, else whatever rows it was given,
+              which are then tried in halves. The worker is replaced (a thread is left behind: after 16 of them,
+              `BoxError`), the row is masked. Not for an `Executor` given as it is: it is not the box's to end
+    retries:  how often a row that raised is evaluated again, with the same arguments. A row that kills its worker is
+              tried again at least once
+    seed:     the keyword by which `function` takes seeds: with `per_row` a number for each row, else int64 (n,). They
+              are one more input, the last, which `complete` draws from torch's generator: rows with equal seeds are
+              evaluated with common random numbers
     shared:   positions of inputs without rows. A batched function gets them as they are; of a function that
               evaluates single rows, each row may get its own, so `evaluate` takes them repeated per row.
               (A batched function that can take such an input with rows: pass it expanded, as an ordinary input.)
+    domains:  where floating inputs may be evaluated, by position: bounds, whole numbers, positive numbers
+    noisy:    equal inputs do not give equal outputs, and no seed makes them
     dtype:    in which floating inputs are given to the function; integers are given as they are
-    on_error: what an exception in the function does: "raise" a `BoxError`, or "mask": that row's floating outputs are
-              NaN and its integer outputs 0. A batched function is then called on halves until the rows are found.
+
+    A row whose call raises, takes too long, kills its worker or returns another layout than the other rows is masked:
+    its floating outputs are NaN, its integer outputs 0, and `last_failure` says why. Where that cannot be said, because
+    no row has outputs and none ever had, or because all outputs are integers, `BoxError` is raised. A batched function
+    that fails is called on halves until the rows are found, 4 log2(n) + 16 times at most. Rows are evaluated alike for
+    any number of workers; the blocks that a batched function gets depend on it, and on time.
 
     The arrays given to the function are read-only, because they may be the caller's tensors; what it returns is copied.
-    Copying and pickling keep the function (which must be picklable for the latter), never the threads.
+    Copying and pickling keep the function (which must be picklable for the latter), never the workers.
     """
 
     def __init__(
@@ -42,27 +62,48 @@ class CallableBox(Box):
         function: Callable[..., Any],
         *,
         per_row: bool = False,
-        workers: int | None = None,
+        executor: Executor | Callable[[], Executor] | str | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+        seed: str | None = None,
         shared: Iterable[int] = (),
+        domains: Mapping[int, Domain] | None = None,
+        noisy: bool = False,
         dtype: torch.dtype = torch.float64,
         nonfinite: NonFinite = "raise",
-        on_error: Literal["raise", "mask"] = "raise",
         name: str | None = None,
     ) -> None:
-        super().__init__(name or _name(function), nonfinite)
-        if on_error not in ("raise", "mask"):
-            raise BoxError(f"on_error={on_error!r} is not known", where=self.label, remedy='"raise" or "mask"')
+        super().__init__(name or _name(function), nonfinite, domains, noisy)
         if dtype not in (torch.float16, torch.float32, torch.float64):
             raise BoxError(f"dtype={dtype} is no floating dtype of numpy", where=self.label, remedy="torch.float64")
-        self.function, self.per_row, self.on_error, self.dtype = function, per_row, on_error, dtype
-        self.workers = workers or os.cpu_count() or 1
+        if timeout is not None and not timeout > 0:
+            raise BoxError(f"timeout={timeout} is no duration", where=self.label, remedy="seconds, or None")
+        if retries < 0:
+            raise BoxError(f"retries={retries} is no number of times", where=self.label, remedy="0 or more")
+        if seed is not None and not _takes(function, seed):
+            raise BoxError(f"{self.label} takes no seed={seed!r}", where=_place(function), remedy="name its keyword")
+        self.function, self.per_row, self.dtype, self.seed = function, per_row, dtype, seed
+        self.timeout, self.retries = timeout, retries
+        self.executor = Lent(executor) if isinstance(executor, Executor) else executor
         self.shared, self.repeats_shared = frozenset(shared), per_row
-        self._pool = self._new_pool()
+        self._employ()
 
     @property
     def place(self) -> str:
         """Module and line of the function."""
         return _place(self.function)
+
+    @property
+    def last_failure(self) -> str | None:
+        """Why the first masked row of this thread's last evaluation was masked, and how many were; None: none was."""
+        return getattr(self._last, "failure", None)
+
+    def complete(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The inputs with the seeds of their rows, which are drawn from torch's global generator if not yet there."""
+        if self.seed is None or self._has_seeds(inputs):
+            return inputs
+        rows = rows_of(self, inputs)
+        return (*inputs, torch.randint(0, 2**62, (rows,), dtype=torch.int64).to(inputs[0].device))
 
     def dtypes(self, *inputs: Tensor) -> tuple[torch.dtype, ...]:
         """The declared dtype for floating inputs, their own for all others."""
@@ -71,144 +112,66 @@ class CallableBox(Box):
     def describe_inputs(self) -> str:
         """What the function takes, in words."""
         taken = "one row of each input" if self.per_row else "arrays with rows in dimension 0"
-        return f"{self.label} takes {taken}, floating inputs as {str(self.dtype).removeprefix('torch.')}"
+        seeds = f", and {self.seed}= from the last input" if self.seed else ""
+        return f"{self.label} takes {taken}, floating inputs as {str(self.dtype).removeprefix('torch.')}{seeds}"
 
-    def compute(self, arrays: list[Array], rows: int) -> list[Array]:
-        """Call the function; see the class for what happens to its exceptions."""
-        for array in arrays:
-            array.flags.writeable = False
-        known = self._layouts.get(self._row_shapes(arrays))
-        blocks = self._rows(arrays, rows) if self.per_row else self._halves(arrays, 0, rows)
-        outputs = blocks[0] if len(blocks) == 1 else None
-        if outputs is None or isinstance(outputs, _Failed):
-            outputs = self._joined(blocks, known)
-        return outputs if known is None or len(known) != len(outputs) else list(map(_settled, outputs, known))
-
-    def _call(self, arrays: list[Array]) -> "list[Array] | _Failed":
-        try:
-            with user_code():
-                returned = self.function(*arrays)
-            return [
-                self._output_array(part) for part in (returned if isinstance(returned, tuple | list) else (returned,))
-            ]
-        except BoxError:
-            raise
-        except Exception as error:
-            if self.on_error == "mask":
-                return _Failed(error)
-            raise self._error(error) from error
-
-    def _output_array(self, returned: Any) -> Array:
-        array = np.array(returned, order="C", copy=True)
-        if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+    def compute(self, arrays: Sequence[Array], rows: int) -> list[Array]:
+        """Call the function on all rows; see the class for what happens to those that fail."""
+        if self.seed is not None and (arrays[-1].dtype != np.int64 or arrays[-1].shape != (rows,)):
             raise BoxError(
-                f"{self.label} returned an array of {array.dtype}",
+                f"the seeds of {self.label} are missing",
                 where=self.place,
-                remedy="return arrays of floating numbers (up to float64), integers or booleans, or a tuple of them",
+                why=f"seed={self.seed!r} makes its last input int64 of shape (rows,)",
+                remedy="add the seeds as the last input, or call the box as a module",
             )
-        return array.astype(array.dtype.newbyteorder("="), copy=False)
+        known = self._layouts.get(self._layout_key(arrays))
+        self._last.failure = None
+        answers = self._workers.evaluate(arrays, rows, known)
+        outputs, failures = assemble(answers, rows, known)
+        if failures:
+            row = min(failures)
+            self._last.failure = f"row {row} {failures[row].reason} ({len(failures)} of {rows} rows failed)"
+            if not any(output.dtype.kind == "f" for output in outputs):
+                first = next((answer.first for answer in answers if answer.first is not None), failures[row])
+                raise self._error(first)
+        return outputs
 
-    def _error(self, error: BaseException) -> BoxError:
-        read_only = isinstance(error, ValueError) and "read-only" in str(error)
-        return BoxError(
-            f"{self.label} raised {type(error).__name__}: {error}",
-            where=self.place,
-            why="its inputs may be the caller's tensors, so they are read-only" if read_only else "",
-            remedy="work on a copy: x = x.copy()" if read_only else 'correct it, or declare on_error="mask"',
-        )
+    def _error(self, failure: Failure) -> BoxError:
+        error = BoxError(f"{self.label} {failure.reason}", where=self.place, remedy=failure.remedy)
+        error.__cause__ = failure.error
+        return error
 
-    def _halves(self, arrays: list[Array], start: int, stop: int) -> "list[list[Array] | _Failed]":
-        """The batched function on rows start:stop; where it fails, on both halves."""
-        part = [array if i in self.shared else array[start:stop] for i, array in enumerate(arrays)]
-        result = self._call(part)
-        if not isinstance(result, _Failed):
-            self._check_rows(result, stop - start)
-            return [result]
-        if stop - start == 1:
-            return [result]
-        middle = (start + stop) // 2
-        return self._halves(arrays, start, middle) + self._halves(arrays, middle, stop)
-
-    def _check_rows(self, outputs: list[Array], rows: int) -> None:
-        for position, output in enumerate(outputs):
-            if output.ndim == 0 or output.shape[0] != rows:
-                raise BoxError(
-                    f"output {position} of {self.label} has shape {output.shape} for {rows} rows of input",
-                    where=self.place,
-                    why="a batched function returns one row for each row it gets, in dimension 0",
-                    remedy="declare per_row=True if the function takes one row at a time",
-                )
-
-    def _rows(self, arrays: list[Array], rows: int) -> "list[list[Array] | _Failed]":
-        """The per-row function on all rows, blocks of rows spread over the threads."""
-
-        def block(start: int, stop: int) -> "list[list[Array] | _Failed]":
-            return [self._row(arrays, row) for row in range(start, stop)]
-
-        size = -(-rows // (self.workers * _BLOCKS_PER_WORKER))
-        if self._pool is None or rows == 1:
-            return block(0, rows)
-        futures: list[Future[list[list[Array] | _Failed]]] = [
-            self._pool.submit(block, start, min(start + size, rows)) for start in range(0, rows, size)
+    def _has_seeds(self, inputs: Sequence[Tensor]) -> bool:
+        """By their dtype and shape; an input that the function has a place for is none."""
+        last = inputs[-1]
+        if last.dtype is not torch.int64 or last.dim() != 1 or len(inputs) - 1 in self.shared:
+            return False
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):
+            return True
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            return True
+        places = [
+            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != self.seed
         ]
+        return len(inputs) > len(places)
+
+    def _employ(self) -> None:
+        """What is neither copied nor pickled: workers, none of which starts yet, and what each thread last saw."""
+        task = Task(self.function, self.per_row, self.shared, self.seed, self.retries)
         try:
-            return [result for future in futures for result in future.result()]
-        finally:
-            for future in futures:
-                future.cancel()
-
-    def _row(self, arrays: list[Array], row: int) -> "list[Array] | _Failed":
-        result = self._call([array[row] for array in arrays])
-        return result if isinstance(result, _Failed) else [part[None] for part in result]
-
-    def _joined(self, blocks: "list[list[Array] | _Failed]", known: Layout | None) -> list[Array]:
-        """The outputs of all blocks below each other, failed rows filled in after the pattern of the others."""
-        good = [block for block in blocks if not isinstance(block, _Failed)]
-        failed = next((block for block in blocks if isinstance(block, _Failed)), None)
-        if not good and known is not None:
-            good = [[np.empty((1, *shape), dtype) for shape, dtype in known]]
-        # Without a pattern nothing can be filled in, and integers cannot say that they are missing.
-        if failed and (not good or all(part.dtype.kind != "f" for part in good[0])):
-            raise self._error(failed.error) from failed.error
-        missing = [_missing(part) for part in good[0]]
-        parts = [missing if isinstance(block, _Failed) else block for block in blocks]
-        if any(len(part) != len(missing) for part in parts):
-            raise BoxError(f"{self.label} returned different numbers of outputs for different rows", where=self.place)
-        try:
-            return [np.concatenate(column) for column in zip(*parts, strict=True)]
-        except ValueError as error:
-            raise BoxError(
-                f"{self.label} returned rows of different shapes", where=self.place, why=str(error)
-            ) from error
-
-    def _new_pool(self) -> ThreadPoolExecutor | None:
-        """Starts no thread before the first rows come."""
-        if not self.per_row or self.workers == 1:
-            return None
-        return ThreadPoolExecutor(self.workers, thread_name_prefix=f"rewriter-{self.label}")
+            self._workers = Workers(task, self.executor, self.timeout)
+        except BoxError as error:
+            raise BoxError(error.what, where=self.place, why=error.why, remedy=error.remedy) from error.__cause__
+        self._last = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pool": None}
+        return {key: value for key, value in super().__getstate__().items() if key not in ("_workers", "_last")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pool = self._new_pool()
-
-
-class _Failed:
-    """The exception that rows of a function ended in."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-
-def _missing(part: Array) -> Array:
-    return np.full((1, *part.shape[1:]), np.nan if part.dtype.kind == "f" else 0, part.dtype)
-
-
-def _settled(output: Array, known: tuple[tuple[int, ...], np.dtype[Any]]) -> Array:
-    """A function may return 0 where it first returned .5: what converts without loss takes the first dtype."""
-    return output.astype(known[1]) if output.dtype != known[1] and np.can_cast(output.dtype, known[1]) else output
+        self._employ()
 
 
 def _plain(function: Callable[..., Any]) -> Any:
@@ -227,3 +190,16 @@ def _place(function: Callable[..., Any]) -> str:
     code = getattr(plain, "__code__", None)
     module = getattr(plain, "__module__", type(plain).__module__)
     return f"{module}, line {code.co_firstlineno}" if code else str(module)
+
+
+def _takes(function: Callable[..., Any], keyword: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True  # it does not say
+    named = parameters.get(keyword)
+    return (
+        named.kind is not named.POSITIONAL_ONLY
+        if named
+        else any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    )

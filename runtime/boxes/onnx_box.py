@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rewriter.runtime.domain import Domain
 from rewriter.runtime.errors import BoxError
 
 from .arrays import dtype_class, in_words
+from .contract import output_name
+from .onnx_check import Allowed
 from .onnx_file import Declared, declared_inputs, digest, open_session, output_names, provider_names
 from .protocol import Array, Box, NonFinite
 
@@ -25,10 +28,17 @@ class OnnxBox(Box):
     providers: None for the CPU, "cuda" for CUDA, or onnxruntime's provider names; never a silent fall-back
     shared:    names of the inputs without rows; None: those with a fixed first dimension where others have a free one
                (or, in a file of one fixed batch, a first dimension other than the first input's), and single numbers
+    domains:   where floating inputs may be evaluated, by name: bounds, whole numbers, positive numbers
+    noisy:     equal inputs do not give equal outputs
     threads:   of one call; None: onnxruntime's choice
     max_rows:  of one call; more rows are evaluated in several calls. A file of one fixed batch gets as many rows as it
                takes, the last call filled up and cut
+    max_bytes: limit on the file, on its constants together, and on any value whose size it fixes
+    max_nodes: limit on its nodes, those of inner graphs and (at every call) of functions among them
+    custom_ops: a library of custom operators, whose code is loaded; None: only operators of ONNX and onnxruntime
 
+    The file need not be trusted: it is checked first, its weights must lie in its own folder, and making the box
+    executes no code of the file's choosing and writes nothing (evaluating it may take as long as the file asks).
     Declared output shapes are ignored: the first evaluation decides. Raises `BoxError`, naming the file, for whatever
     cannot be loaded or run. Copies and pickles hold the path and a SHA-256 of the files, not the weights: the session
     is opened again at first use, and a missing or changed file is an error then (set `path` to where the file is now).
@@ -40,20 +50,29 @@ class OnnxBox(Box):
         *,
         providers: str | Sequence[str] | None = None,
         shared: Iterable[str] | None = None,
+        domains: Mapping[str, Domain] | None = None,
+        noisy: bool = False,
         threads: int | None = 1,
         nonfinite: NonFinite = "raise",
         max_rows: int | None = None,
+        max_bytes: int = 2**31,
+        max_nodes: int = 100_000,
+        custom_ops: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(Path(path).name, nonfinite)
+        super().__init__(Path(path).name, nonfinite, noisy=noisy)
         self.path, self.threads, self.providers = Path(path).absolute(), threads, provider_names(providers)
-        self._digest = digest(self.path)
+        library = None if custom_ops is None else Path(custom_ops).absolute()
+        self.allowed = Allowed(max_bytes, max_nodes, library)
+        self._digest = digest(self.path, self.allowed)
         self._lock = threading.Lock()
-        self._session: Any = open_session(self.path, self.providers, threads)
+        self._session: Any = open_session(self.path, self.providers, threads, self.allowed)
         self.inputs: tuple[Declared, ...] = declared_inputs(self._session, self.path)
         self.output_names = output_names(self._session, self.path)
         self._names = tuple(declared.name for declared in self.inputs)
         self._dtypes = tuple(declared.dtype for declared in self.inputs)
         self._find_rows(None if shared is None else frozenset(shared))
+        self._check_names("domains", domains or ())
+        self._declare({self._names.index(name): domain for name, domain in (domains or {}).items()})
         self.max_rows = max_rows
 
     @property
@@ -95,7 +114,7 @@ class OnnxBox(Box):
         for position, output in enumerate(parts[0]):
             if self._batch and (output.ndim == 0 or output.shape[0] != chunk):
                 raise BoxError(
-                    f"{self._output(position)} has shape {output.shape} for a batch of {chunk} rows",
+                    f"{output_name(self, position)} has shape {output.shape} for a batch of {chunk} rows",
                     where=self.place,
                     why="a box gives one row of output for each row of input, in dimension 0",
                 )
@@ -148,16 +167,19 @@ class OnnxBox(Box):
                 remedy="convert or reshape it in the model; only the precision of a number is adapted for you",
             )
 
+    def _check_names(self, argument: str, names: Iterable[str]) -> None:
+        unknown = sorted(set(names) - set(self._names))
+        if unknown:
+            raise BoxError(
+                f"{self.label} has no input {', '.join(unknown)}",
+                where=self.place,
+                remedy=f"{argument}= takes names among: {', '.join(sorted(self._names))}",
+            )
+
     def _find_rows(self, names: frozenset[str] | None) -> None:
         """Which inputs have rows, whether the batch is fixed, and how shared inputs are given."""
-        known = {declared.name for declared in self.inputs}
-        if names is not None and not names <= known:
-            raise BoxError(
-                f"{self.label} has no input {', '.join(sorted(names - known))}",
-                where=self.place,
-                remedy=f"shared= takes names among: {', '.join(sorted(known))}",
-            )
         named = names or frozenset()
+        self._check_names("shared", named)
         first = {
             position: declared.shape[0]
             for position, declared in enumerate(self.inputs)
@@ -205,14 +227,14 @@ class OnnxBox(Box):
     def _reopened(self) -> Any:
         with self._lock:
             if self._session is None:
-                if digest(self.path) != self._digest:
+                if digest(self.path, self.allowed) != self._digest:
                     raise BoxError(
                         f"{self.label} is not the file this box was made from",
                         where=self.place,
                         why="its SHA-256 differs",
                         remedy="restore the file, set .path of the box to where it is now, or make a new OnnxBox",
                     )
-                self._session = open_session(self.path, self.providers, self.threads)
+                self._session = open_session(self.path, self.providers, self.threads, self.allowed)
             return self._session
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """An ONNX file on disk: what it is made of, what it declares, and a session that runs it."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from rewriter.runtime.errors import BoxError
 
+from .onnx_check import Allowed, check_file
 from .onnx_runtime import onnxruntime_module
 
 _DTYPES = {
@@ -51,25 +52,23 @@ def provider_names(providers: str | Sequence[str] | None) -> list[str]:
     return [providers] if isinstance(providers, str) else list(providers)
 
 
-def digest(path: Path) -> str:
-    """SHA-256 over the file and the files that hold its weights. Raises `BoxError` if one is missing or unreadable."""
+def digest(path: Path, allowed: Allowed) -> str:
+    """SHA-256 over the file and the files that hold its weights, all of them checked. Raises `BoxError`."""
     total = hashlib.sha256()
-    for part in (path, *(path.parent / name for name in sorted(set(_external_files(path))))):
+    for part in (path, *check_file(path, allowed)):
         try:
             with part.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise BoxError(
-                f"the weights of {path.name} are missing: {part.name}",
-                where=str(part),
-                why=str(error),
-                remedy="keep the file with the weights beside the model, under its first name",
-            ) from error
+            raise BoxError(f"{part.name} cannot be read", where=str(part), why=str(error)) from error
     return total.hexdigest()
 
 
-def open_session(path: Path, providers: list[str], threads: int | None) -> Any:
-    """An `onnxruntime.InferenceSession`; loads no custom operators. Raises `BoxError` naming the file."""
+def open_session(path: Path, providers: list[str], threads: int | None, allowed: Allowed) -> Any:
+    """An `onnxruntime.InferenceSession` of a checked file; of custom operators it loads the library named in `allowed`.
+
+    Raises `BoxError` naming the file.
+    """
     runtime = onnxruntime_module()
     absent = [name for name in providers if name not in runtime.get_available_providers()]
     if absent:
@@ -79,14 +78,20 @@ def open_session(path: Path, providers: list[str], threads: int | None) -> Any:
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = options.inter_op_num_threads = threads
+    # Whatever its name ends in: the other format that onnxruntime reads is not checked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    # What depends on constants alone is computed while loading; 20 bytes can ask for gigabytes.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(allowed.max_bytes))
     try:
+        if allowed.custom_ops is not None:
+            options.register_custom_ops_library(str(allowed.custom_ops))
         session = runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         raise BoxError(
             f"{path.name} cannot be loaded",
             where=str(path),
             why=str(error),
-            remedy="check it with onnx.checker.check_model(path); operators outside ONNX's own are not loaded",
+            remedy="check it with onnx.checker.check_model(path, full_check=True), or export it again",
         ) from error
     lost = [name for name in providers if name not in session.get_providers()]
     if lost:
@@ -131,26 +136,3 @@ def _provider_error(path: Path, names: list[str], why: str) -> BoxError:
         why=why,
         remedy="install onnxruntime-gpu for CUDA, or leave providers= away to run on the CPU",
     )
-
-
-def _external_files(path: Path) -> Iterator[str]:
-    """Names, relative to the file's folder, of the files that hold weights of the model."""
-    import onnx  # only here, because importing it takes .3 s
-
-    if not path.is_file():
-        raise BoxError(f"there is no file {path.name}", where=str(path), remedy="check the path")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:
-        raise BoxError(f"{path.name} is not a readable ONNX file", where=str(path), why=str(error)) from error
-    for tensor in _weights(model.graph):
-        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
-
-
-def _weights(graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for body in (attribute.g, *attribute.graphs):
-                yield from _weights(body)

@@ -211,8 +211,9 @@ class _Taped(torch.autograd.Function):
             f"the box {ctx.box.label} lies on a differentiable path, and a box has no gradient",
             where=ctx.box.place,
             why="backward reached its outputs; PyTorch cannot see inside a box",
-            remedy="estimate it: rewrite(model, Plan([BlackBox('<name of this module>')])); "
-            "or cut the path on purpose with .detach() on the inputs of the box",
+            remedy="estimate it: rewrite(model, Plan([BlackBox('<name of this module>')])); or cut the path on purpose "
+            "with .detach() on the inputs of the box; a rewritten model runs as it is in eval(): "
+            "call .train()",
         )
 
 

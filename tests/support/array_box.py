@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rewriter.runtime.black_box import BlackBoxRule
+from rewriter.runtime.evaluator import Answer
 from rewriter.runtime.random import Key
 from rewriter.runtime.rule import Call, Taken
 
@@ -19,7 +20,11 @@ class ArrayBox:
     ) -> None:
         self.function, self.dtype, self.label = function, dtype, label
         self.shared, self.repeats_shared = frozenset(shared), repeats_shared
+        self.domains, self.noisy = {}, False
         self.rows = self.calls = 0
+
+    def complete(self, inputs):
+        return inputs
 
     def dtypes(self, *inputs: Tensor) -> tuple[torch.dtype, ...]:
         return tuple(self.dtype if value.is_floating_point() else value.dtype for value in inputs)
@@ -32,8 +37,12 @@ class ArrayBox:
         self.rows += len(outputs[0])
         return tuple(torch.from_numpy(output) for output in outputs)
 
-    def finish(self, inputs, outputs) -> tuple[Tensor, ...]:
-        return tuple(output.float() if output.is_floating_point() else output for output in outputs)
+    def query(self, arrays, like):
+        return [output.numpy() for output in self.evaluate(*map(torch.from_numpy, arrays))]
+
+    def answer(self, *inputs: Tensor) -> Answer:
+        kept = self.evaluate(*inputs)
+        return Answer(tuple(output.float() if output.is_floating_point() else output for output in kept), kept, False)
 
 
 def forward(rule: BlackBoxRule, *inputs: Tensor, step: int = 0, rank: int = 0) -> tuple[Call, Taken]:

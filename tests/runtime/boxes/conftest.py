@@ -1,7 +1,7 @@
 """Small ONNX files, written by hand where no exporter is needed."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +71,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]
             verbose=False,
         )
     return path, module
+
+
+@pytest.fixture
+def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[onnx.ModelProto], Path]]:
+    """Write a model to models/hostile.onnx; the working folder is another one, empty, and must stay so."""
+    models, working = tmp_path / "models", tmp_path / "working"
+    models.mkdir()
+    working.mkdir()
+
+    def write(model: onnx.ModelProto) -> Path:
+        path = models / "hostile.onnx"
+        path.write_bytes(model.SerializeToString())
+        return path
+
+    monkeypatch.chdir(working)
+    yield write
+    assert list(working.iterdir()) == []

@@ -38,7 +38,7 @@ def test_batched_function_in_its_own_precision() -> None:
 def test_per_row_equals_batched() -> None:
     x, k = torch.randn(23, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(23)
     batched = CallableBox(lambda x, k: (np.sin(x) + k[:, None], k * x.sum(1)))
-    per_row = CallableBox(lambda x, k: (np.sin(x) + k, k * x.sum()), per_row=True, workers=3)
+    per_row = CallableBox(lambda x, k: (np.sin(x) + k, k * x.sum()), per_row=True, executor="threads:3")
     for one, other in zip(batched(x, k), per_row(x, k), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
     assert per_row(x[:1], k[:1])[0].shape == (1, 3)
@@ -51,7 +51,7 @@ def test_per_row_uses_the_threads() -> None:
         meeting.wait()  # returns only when three rows are evaluated at the same time
         return x
 
-    assert torch.equal(CallableBox(function, per_row=True, workers=3)(torch.ones(3, 1)), torch.ones(3, 1))
+    assert torch.equal(CallableBox(function, per_row=True, executor="threads:3")(torch.ones(3, 1)), torch.ones(3, 1))
 
 
 def test_inputs_are_views_and_outputs_are_not() -> None:
@@ -90,7 +90,7 @@ def test_shared_inputs() -> None:
     x, theta = torch.ones(3, 2, dtype=torch.float64), torch.tensor([2.0, 5.0], dtype=torch.float64)
     batched = CallableBox(lambda x, theta: x * theta[0] + theta[1], shared=[1])
     assert batched.repeats_shared is False
-    per_row = CallableBox(lambda x, theta: x * theta[0] + theta[1], shared=[1], per_row=True, workers=2)
+    per_row = CallableBox(lambda x, theta: x * theta[0] + theta[1], shared=[1], per_row=True, executor="threads:2")
     assert per_row.repeats_shared is True
     assert torch.equal(batched(x, theta), torch.full((3, 2), 7.0, dtype=torch.float64))
     assert torch.equal(per_row(x, theta), batched(x, theta))
@@ -100,83 +100,30 @@ def test_shared_inputs() -> None:
         CallableBox(lambda theta: theta, shared=[0])(theta)
 
 
-def refuses_negative(x: Array) -> Array:
-    if (x < 0).any():
-        raise ValueError("negative input")
-    return np.sqrt(x)
-
-
-def test_exception_is_raised_with_its_cause() -> None:
-    for per_row in (False, True):
-        box = CallableBox(refuses_negative, per_row=per_row, workers=2)
-        with pytest.raises(BoxError, match="refuses_negative raised ValueError: negative input") as caught:
-            box(torch.tensor([[1.0], [-1.0], [4.0]]))
-        assert isinstance(caught.value.__cause__, ValueError)
-        assert "test_callable_box, line" in caught.value.where
-
-
-@pytest.mark.parametrize("per_row", [False, True])
-def test_exception_masks_its_rows_only(per_row: bool) -> None:
-    box = CallableBox(refuses_negative, per_row=per_row, on_error="mask", nonfinite="keep", workers=2)
-    x = torch.arange(1.0, 10.0).square()[:, None]
-    x[4] = -1
-    y = box(x)
-    assert y.isnan()[:, 0].tolist() == [row == 4 for row in range(9)]
-    good = [row for row in range(9) if row != 4]
-    assert torch.equal(y[good], x[good].sqrt())
-    assert box(-x[:2]).isnan().all()  # every row failed, after the shapes were learnt
-    fresh = CallableBox(refuses_negative, per_row=per_row, on_error="mask")
-    with pytest.raises(BoxError, match="negative input"):
-        fresh(-x[:2])
-
-
-def test_masked_integers_become_zero_beside_floats_and_cannot_stand_alone() -> None:
-    def both(x: Array) -> tuple[Array, Array]:
-        return refuses_negative(x), np.ones(len(x), int)
-
-    box = CallableBox(both, on_error="mask", nonfinite="zero")
-    y, k = box(torch.tensor([[4.0], [-1.0]]))
-    assert (y.tolist(), k.tolist()) == ([[2], [0]], [1, 0])
-    alone = CallableBox(lambda x: refuses_negative(x).astype(int), on_error="mask")
-    with pytest.raises(BoxError, match="negative input"):
-        alone(torch.tensor([[4.0], [-1.0]]))
-
-
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: x[:-1], r"output 0 of .* has shape \(2, 1\) for 3 rows"),
-        (lambda x: x.sum(), r"has shape \(\) for 3 rows"),
-        (lambda x: (x, x.sum(0)), r"output 1 of .* has shape \(1,\) for 3 rows"),
+        (lambda x: x[:-1], r"returned an output 0 of shape \(2, 1\) for 3 rows[\s\S]*per_row=True"),
+        (lambda x: x.sum(), r"output 0 of shape \(\) for 3 rows"),
+        (lambda x: (x, x.sum(0)), r"output 1 of shape \(1,\) for 3 rows"),
+        (lambda x: (), "returned nothing"),
         (lambda x: np.array(["a"] * len(x)), "returned an array of <U1"),
         (lambda x: x + 1j, "returned an array of complex128"),
         (lambda x: None, "returned an array of object"),
-        (lambda x: np.arange(len(x) ** 2).reshape(len(x), -1)[:, : int(x[0, 0])] / 2, "changed the number, shape"),
-        (lambda x: x if x[0, 0] == 1 else (x, x), "changed the number, shape"),
     ],
 )
 def test_wrong_outputs(function: Any, message: str) -> None:
-    box, x = CallableBox(function), torch.ones(3, 1)
     with pytest.raises(BoxError, match=message):
-        _ = box(x), box(2 * x)
-
-
-def test_rows_of_different_shapes() -> None:
-    box = CallableBox(lambda x: np.ones(int(x[0])), per_row=True, workers=2)
-    with pytest.raises(BoxError, match="rows of different shapes"):
-        box(torch.tensor([[1.0], [2.0]]))
-    box = CallableBox(lambda x: (x,) * int(x[0]), per_row=True, workers=2)
-    with pytest.raises(BoxError, match="different numbers of outputs"):
-        box(torch.tensor([[1.0], [2.0]]))
+        CallableBox(function)(torch.ones(3, 1))
 
 
 def test_an_integer_where_a_float_was_is_converted() -> None:
-    box = CallableBox(lambda x: 0 if x[0] < 0 else float(x[0]), per_row=True, workers=1)
+    box = CallableBox(lambda x: 0 if x[0] < 0 else float(x[0]), per_row=True, executor="threads:1")
     assert box(torch.tensor([[0.5], [1.5]])).tolist() == [0.5, 1.5]
     assert box(torch.tensor([[-0.5], [-1.5]])).tolist() == [0, 0]
-    other = CallableBox(lambda x: 0 if x[0] < 0 else float(x[0]), per_row=True, workers=1)
-    other(torch.tensor([[-0.5]]))
-    with pytest.raises(BoxError, match="changed the number, shape or dtype"):
+    other = CallableBox(lambda x: 0 if x[0] < 0 else float(x[0]), per_row=True, executor="threads:1")
+    other(torch.tensor([[-0.5]]))  # integers, as far as anybody knows
+    with pytest.raises(BoxError, match=r"returned rows of float64 \(\) where others are int64 \(\)"):
         other(torch.tensor([[0.5]]))
 
 
@@ -197,12 +144,12 @@ def test_autograd_works_inside_a_function() -> None:
 
 
 def test_copies_and_pickles_of_functions() -> None:
-    box = CallableBox(square, per_row=True, workers=2)
+    box = CallableBox(square, per_row=True, executor="threads:2")
     x = torch.ones(5, 1) * 3
     expected = box(x)
     for twin in (copy.deepcopy(box), pickle.loads(pickle.dumps(box))):
         assert torch.equal(twin(x), expected)
-        assert twin._pool is not box._pool
+        assert twin._workers is not box._workers
     assert not box.state_dict()
     assert torch.equal(copy.deepcopy(CallableBox(lambda x: x**2))(x), expected)
 
@@ -220,7 +167,16 @@ def test_names() -> None:
 
 
 def test_unknown_options() -> None:
-    wrong: list[dict[str, Any]] = [{"on_error": "drop"}, {"nonfinite": "drop"}, {"dtype": torch.int64}]
+    wrong: list[dict[str, Any]] = [
+        {"nonfinite": "drop"},
+        {"dtype": torch.int64},
+        {"executor": "threads"},
+        {"executor": "processes:0"},
+        {"executor": 2},
+        {"timeout": 0},
+        {"retries": -1},
+        {"seed": "random_state"},
+    ]
     for option in wrong:
         with pytest.raises(BoxError, match=next(iter(option))):
             CallableBox(square, **option)
