@@ -15,7 +15,18 @@ ALLOWED = {
     "passes": {"rewriter.passes", "rewriter.runtime", "torch", "numpy", "networkx"},
     "rewriter/report": {"rewriter", "torch", "numpy", "graphviz"},
     "rewriter": {"rewriter", "torch", "numpy"},
-    "examples": {"rewriter", "torch", "numpy", "onnx", "sklearn", "skl2onnx", "matplotlib"},
+    "examples": {
+        "rewriter",
+        "torch",
+        "numpy",
+        "onnx",
+        "sklearn",
+        "skl2onnx",
+        "matplotlib",
+        "scipy",
+        "sgp4",
+        "mujoco",
+    },
 }
 
 
