@@ -20,10 +20,13 @@ from rewriter import BlackBox, OnnxBox, Plan, rewrite
 ROWS, WIDTH, OUTPUTS = 128, 16, 12
 
 
-def mlp_file(folder):
+def mlp_file(folder, hidden=64):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, OUTPUTS)).eval()
-    path = Path(folder) / "mlp.onnx"
+    layers = [nn.Linear(WIDTH, hidden), nn.Tanh(), nn.Linear(hidden, OUTPUTS)]
+    if hidden > 64:
+        layers[2:2] = [nn.Linear(hidden, hidden), nn.Tanh()]
+    model = nn.Sequential(*layers).eval()
+    path = Path(folder) / f"mlp{hidden}.onnx"
     batch = torch.export.Dim("batch")
     torch.onnx.export(
         model,
@@ -94,7 +97,48 @@ def main():
                 f"(bound 40); backward {(whole - forward) * 1e6:.0f} us, {backward * 1e6:.0f} us over the raw stacked "
                 f"call of {raw_stacked * 1e6:.0f} us (bound {bound * 1e6 + 0.1 * raw_stacked * 1e6:.0f})"
             )
+        floor(session, x, v, raw)
         loop(session, array, v.numpy(), x)
+        slow_box(folder, x, v)
+
+
+def floor(session, x, v, raw):
+    """The least that PyTorch lets one pay: a bare autograd.Function with a backward that returns a constant."""
+
+    class Bare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            outputs = torch.from_numpy(session.run(None, {"x": values.detach().numpy()})[0])
+            ctx.save_for_backward(values, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, cotangent):
+            ctx.saved_tensors  # noqa: B018
+            return nothing
+
+    nothing = torch.zeros(ROWS, WIDTH)
+    forward, whole = best(lambda: Bare.apply(x), lambda: Bare.apply(x).backward(v))
+    print(
+        f"bare autograd.Function: forward {(forward - raw) * 1e6:.0f} us over the raw call, "
+        f"backward {(whole - forward) * 1e6:.0f} us without any query"
+    )
+
+
+def slow_box(folder, x, v):
+    """A box of several milliseconds: what share of the time is ours?"""
+    path = mlp_file(folder, hidden=1280)
+    step = rewrite(Boxed(path), Plan([BlackBox("box")]), example=(x,))
+    for _ in range(3):
+        step(x).backward(v)
+    region, session = step.latest.emitted.regions["box"], step.model.box._session
+    array = x.detach().numpy()
+    forward, whole, raw = best(
+        lambda: region(x), lambda: region(x).backward(v), lambda: session.run(None, {"x": array}), rounds=10, inner=10
+    )
+    print(
+        f"box of {raw * 1e3:.1f} ms: backward with one probe {(whole - forward) / raw:.3f} x the raw call (bound 1.15)"
+    )
 
 
 def loop(session, array, v, x):
@@ -118,7 +162,7 @@ def loop(session, array, v, x):
         return gradient
 
     region = step.latest.emitted.regions["box"]
-    hand, mine = best(by_hand, lambda: region(x).backward(cotangent), rounds=5, inner=1)
+    hand, mine = best(by_hand, lambda: region(x).backward(cotangent), rounds=10, inner=5)
     print(f"per-sample, per-coordinate loop {hand * 1e3:.1f} ms, rule {mine * 1e3:.2f} ms: {hand / mine:.0f} x")
 
 

@@ -50,6 +50,14 @@ class Entry(Pass):
 
     target: Target
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, str | nn.Module) and not callable(self.target):
+            raise RewriteError(
+                f"{self.target!r} is not a target",
+                where=type(self).__name__,
+                remedy="a name or pattern (`encoder.0`, `blocks.*`), the module, or a predicate (module, name) -> bool",
+            )
+
     def wholes(self, model: nn.Module) -> frozenset[str]:
         """Qualified names of modules that the entry needs as single nodes."""
         return frozenset()

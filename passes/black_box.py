@@ -35,13 +35,15 @@ class BlackBox(Entry):
     target: a box (`OnnxBox`, `CallableBox`) or any module without trainable parameters; rows in dimension 0.
     probes: directions per row and backward; `probes` = width is exact up to the step's bias for smooth boxes.
     directions: "orthogonal" (Haar), "rademacher", "gaussian" or "coordinate"; drawn independently for every row.
-    difference: "forward" reuses the y of the forward pass, one query per probe; "central" takes two.
+    difference: "forward" reuses the y of the forward pass, one query per probe; "central" takes two; "auto": central
+        for boxes declared noisy.
     step_size: in units of the input's running scale, or "auto": measured per box.
     clip: "auto" clips each row of rough boxes at a running 90 % quantile of |g_i| / mean_j |v_j|; a number in (0, 1]
         sets the quantile; None never clips.
     reconstruction: "least_squares" (minimum norm, unbiased by width / probes) or "average".
     input_scale: scale of the inputs (a number, or one per element of a row); None: their running standard deviation.
     max_rows: rows per call of the box (memory); max_failed: share of failed queries above which backward raises.
+    allocation: "uniform", or "norm": the same number of probes in all, more for rows with a larger cotangent.
 
     Refuses modules with trainable parameters, random or batch-coupled modules, and values without rows in dimension 0.
     Spall 1992 (SPSA); Nesterov and Spokoiny 2017; Chen et al. 2023 (DeepZero).
@@ -52,15 +54,17 @@ class BlackBox(Entry):
     target: Target
     probes: int = 1
     directions: str = "orthogonal"
-    difference: str = "forward"
+    difference: str = "auto"
     step_size: float | str = "auto"
     clip: float | str | None = "auto"
     reconstruction: str = "least_squares"
     input_scale: float | Sequence[float] | None = None
     max_rows: int | None = None
     max_failed: float = 0.5
+    allocation: str = "uniform"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._options()
 
     def _options(self) -> Options:

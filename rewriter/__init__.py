@@ -1,7 +1,8 @@
 """Says where each gradient of a PyTorch model comes from."""
 
 from rewriter.passes.black_box import BlackBox
-from rewriter.runtime.boxes import Box, CallableBox, OnnxBox
+from rewriter.runtime.boxes import Box, CallableBox, ExternalProgram, OnnxBox
+from rewriter.runtime.domain import Domain
 from rewriter.runtime.errors import BoxError, RewriteError, RewriteWarning
 
 from .plan import Plan
@@ -13,6 +14,8 @@ __all__ = [
     "Box",
     "BoxError",
     "CallableBox",
+    "Domain",
+    "ExternalProgram",
     "OnnxBox",
     "Plan",
     "RewriteError",

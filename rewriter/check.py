@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +12,16 @@ from torch import Tensor
 from rewriter.passes.program import holds_box
 from rewriter.runtime.black_box import BlackBoxRule
 from rewriter.runtime.errors import RewriteError
-from rewriter.runtime.estimators.quality import Quality
 from rewriter.runtime.estimators.taylor import remainder_order
 from rewriter.runtime.rule import Call, Gradients, Rule, Taken
 from rewriter.runtime.segment import Segment
 
+from .measure import scalar
 from .shadow import preserved
 from .signature import flatten
+from .standins import StandIn, standing_in
 
 if TYPE_CHECKING:
-    from .pipeline import Variant
     from .rewritten import Rewritten
 
 
@@ -95,9 +94,11 @@ def check(step: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], target
         raise RewriteError("check() needs the training mode", remedy="call step.train() first")
     with torch.enable_grad(), preserved(step.model):
         variant, _ = step._variant(args, kwargs)
-        with _spied(step, variant) as spies:
+        segments = {s.region: variant.emitted.segments[s.name] for s in variant.program.segments if s.region}
+        boxed = {region.name: holds_box(variant.program.module(region.target)) for region in variant.program.regions}
+        with standing_in(step, variant, lambda name, rule: _Spy(rule, segments[name], boxed[name])) as spies:
             loss = step(*args, target=target, **kwargs) if target is not None else step(*args, **kwargs)
-            root = _scalar(loss)
+            root = scalar(loss)
             given = [t for t in flatten((args, kwargs))[0] if t.requires_grad]
             parameters = [*(p for p in step.parameters() if p.requires_grad), *given]
             if not parameters or not root.requires_grad:
@@ -114,40 +115,6 @@ def check(step: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], target
     return Report(found, Agreement.of(zip(estimate, reference, strict=True)), silent)
 
 
-def _scalar(output: Any) -> Tensor:
-    """The loss itself, or a fixed random projection of an output that is no scalar."""
-    tensors = [t for t in flatten(output)[0] if t.is_floating_point() and t.requires_grad]
-    if len(tensors) == 1 and tensors[0].numel() == 1:
-        (loss,) = tensors
-        return torch.sum(loss)
-    generator = torch.Generator().manual_seed(0)
-    terms = [(t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in tensors]
-    total = torch.zeros((), dtype=torch.float64)
-    for term in terms:
-        total = total + term.double().cpu()
-    return total
-
-
-@contextmanager
-def _spied(step: Rewritten, variant: Variant) -> Iterator[dict[str, _Spy]]:
-    """Every region's rule watched, and everything it learns meanwhile forgotten."""
-    clock = step._clock.forward
-    program, watched = variant.program, variant.emitted.regions
-    segments = {s.region: variant.emitted.segments[s.name] for s in program.segments if s.region}
-    boxed = {region.name: holds_box(program.module(region.target)) for region in program.regions}
-    states = {name: region.rule.get_state() for name, region in watched.items()}
-    spies = {name: _Spy(region.rule, segments[name], boxed[name]) for name, region in watched.items()}
-    for name, region in watched.items():
-        region.rule = spies[name]
-    try:
-        yield spies
-    finally:
-        step._clock.forward = clock
-        for name, region in watched.items():
-            region.rule = spies[name].rule
-            region.rule.set_state(states[name])
-
-
 @dataclass
 class _Seen:
     call: Call
@@ -159,16 +126,15 @@ class _Seen:
     kind: str = ""
 
 
-@dataclass
-class _Spy:
-    """Stands in for a rule: first lets it answer, then answers with the reference. boxed: autograd cannot cross it."""
+class _Spy(StandIn):
+    """First lets its rule answer, then answers with the reference. boxed: autograd cannot cross the segment."""
 
-    rule: Rule
-    segment: Segment
-    boxed: bool
-    answers: bool = False
-    inputs: tuple[Any, ...] = ()
-    seen: list[_Seen] = field(default_factory=list)
+    def __init__(self, rule: Rule, segment: Segment, boxed: bool) -> None:
+        super().__init__(rule)
+        self.segment, self.boxed = segment, boxed
+        self.answers = False
+        self.inputs: tuple[Any, ...] = ()
+        self.seen: list[_Seen] = []
 
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
         self.inputs = inputs
@@ -182,7 +148,7 @@ class _Spy:
         seen = self.seen[0]
         if self.boxed and isinstance(self.rule, BlackBoxRule):
             seen.reference = self.rule.exact(call, taken, cotangents, needed)
-            seen.order = remainder_order(self.rule, call, self.inputs, cotangents, seen.reference)
+            seen.order = remainder_order(self.rule, call, self.rule.inputs(taken), cotangents, seen.reference)
             seen.kind = self.rule.describe()["kind"]  # as measured now: afterwards that is forgotten
         else:
             seen.reference = _autograd(self.segment, self.inputs, cotangents, needed)
@@ -194,19 +160,6 @@ class _Spy:
         if seen.order is None:
             return Checked(name, "autograd", agreement, None, "compared with automatic differentiation")
         return Checked(name, "every coordinate", agreement, seen.order, _verdict(seen.kind, seen.order))
-
-    @property
-    def quality(self) -> Quality | None:
-        return self.rule.quality
-
-    def describe(self) -> dict[str, Any]:
-        return self.rule.describe()
-
-    def get_state(self) -> dict[str, Any]:
-        return self.rule.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self.rule.set_state(state)
 
 
 def _verdict(kind: str, order: float) -> str:

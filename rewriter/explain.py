@@ -64,6 +64,8 @@ def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
             f"  row cosine: predicted {facts['predicted_cosine']:.2f}, "
             f"measured {'not yet' if measured is None else f'{measured:.2f}'}; left out: {facts['bias']}"
         )
+        if facts["parameter_cosine"] is not None:
+            lines.append(f"  parameter cosine: {facts['parameter_cosine']:.2f}, as if this region alone were estimated")
         rows = facts["rows_per_backward"]
         if rows is not None:  # known from the last forward
             lines.append(f"  cost: {rows:,} queries per backward beside the forward's own")

@@ -55,7 +55,7 @@ class Value(fx.Proxy):
         raise TraceError("iterates over a value whose length is only known when the model runs")
 
     def __len__(self) -> int:
-        raise TraceError("takes the length of a value that is only known when the model runs")
+        raise TraceError("takes len() of a value that is only known when the model runs; of a tensor write x.shape[0]")
 
     def __contains__(self, item: object) -> bool:
         raise TraceError("searches in a value that is only known when the model runs")

@@ -176,9 +176,14 @@ class Rewritten(nn.Module):
 
     @property
     def quality(self) -> dict[str, Quality]:
-        """By region: predicted and measured cosine, shares changed, clipped and failed, and the bias they leave out."""
+        """By region, as of now: cosines, slope, shares changed, clipped and failed, and the bias they leave out."""
         found = {name: rule.quality for name, rule in self._rules.items()}
         return {name: quality for name, quality in found.items() if quality is not None}
+
+    @property
+    def quality_history(self) -> dict[str, list[tuple[int, Quality]]]:
+        """By region: (index of the forward pass, quality) at every measurement of this process, at most 1,024."""
+        return {name: list(rule.history.points) for name, rule in self._rules.items()}
 
     def graph_module(self) -> torch.fx.GraphModule:
         """A copy of the partitioned graph, to read and play with; it shares nothing with the model."""
@@ -196,6 +201,12 @@ class Rewritten(nn.Module):
 
         return check(self, args, kwargs, target)
 
+    def measure(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
+        """Parameter cosine: how much of the gradient of all parameters is signal, by drawing it anew on one batch."""
+        from .measure import measure
+
+        return measure(self, args, kwargs, target)
+
     def export(self, folder: str | Path) -> Path:
         """Write program.json, program.dot (and .svg where `dot` is installed) and every segment as readable code."""
         from .report.export import export
@@ -208,10 +219,13 @@ class Rewritten(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A module, parameter or buffer set here is set on the model, whose forward reads it."""
+        """What the model has, and any module or parameter, is set on the model, whose forward reads it."""
+        own = name in self.__dict__ or hasattr(type(self), name)
         if isinstance(value, nn.Module | nn.Parameter) or name in self._modules or name in self._buffers:
             setattr(self.model, name, value)
             self._share_children()
+        elif not own and hasattr(self.model, name):
+            setattr(self.model, name, value)
         else:
             super().__setattr__(name, value)
 

@@ -53,8 +53,8 @@ def prove(
         other = _other_batch(trial.tensors)
         if other is None or guards.reason(model, other) is not None:
             trial.notes.add("not compared at another batch size: the graph is for this one only")
-        elif not trial.accepts(other):
-            trial.notes.add("not compared at another batch size: the model itself refuses it")
+        elif (refusal := trial.refusal(other)) is not None:
+            trial.notes.add(f"not compared at another batch size: the model fails on {len(other[0])} rows ({refusal})")
         else:
             trial.compare(run, other, _SEEDS[1], f"on {len(other[0])} rows instead of {len(trial.tensors[0])}")
     return tuple(sorted(trial.notes))
@@ -69,15 +69,15 @@ class _Trial:
         self.notes: set[str] = set()
         # A leaf that requires gradients cannot be written in place.
         self._differentiate_inputs = True
-        self._differentiate_inputs = self.accepts(self.tensors)
+        self._differentiate_inputs = self.refusal(self.tensors) is None
 
-    def accepts(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the model itself runs on these tensors."""
+    def refusal(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why the model itself does not run on these tensors; None where it does."""
         try:
             self.eager(tensors, _SEEDS[0])
-        except Exception:
-            return False
-        return True
+        except Exception as error:
+            return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return None
 
     def compare(self, run: Forward, tensors: Sequence[Tensor], seed: int, where: str) -> None:
         expected = self.eager(tensors, seed)

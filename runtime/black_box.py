@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .errors import RewriteError
-from .estimators.arrays import Array, divided, side_by_side
+from .estimators.arrays import Array, divided
+from .estimators.batch import batch_of
 from .estimators.estimator import Estimator
 from .estimators.options import Options, Settings
-from .estimators.probing import Batch, BatchProbes, Probed, RowProbes
-from .estimators.quality import Quality
+from .estimators.probing import BatchProbes, Probed, RowProbes
+from .estimators.quality import History, ParameterCosine, Quality
 from .estimators.rows import LiveRows
 from .evaluator import Evaluator, ModuleEvaluator, repeat_shared
 from .ledger import Ledger
@@ -29,12 +30,18 @@ log = logging.getLogger("rewriter.runtime")
 _ROWS, _SHARED = "rows", "shared"
 
 
-@dataclass
+@dataclass(slots=True)
 class _Memory:
-    """What a forward leaves for its backward: how many of the kept tensors are inputs, and the settings once used."""
+    """What a forward leaves for its backward beside tensors.
 
+    given: inputs of the region; inputs: those and the seeds drawn for them, the first of the kept tensors; finite: the
+    outputs are known to be finite; settings: once used
+    """
+
+    given: int
     inputs: int
-    settings: dict[str, Settings] = field(default_factory=dict)
+    finite: bool
+    settings: dict[str, Settings] | None = None
 
 
 _Estimate = Callable[[str, Probed, int], Array]  # group, what to probe, lost rows -> (n, d)
@@ -46,13 +53,15 @@ class BlackBoxRule:
     evaluator:      the box
     probes:         directions per row (q)
     directions:     "orthogonal", "rademacher", "gaussian", "coordinate"; unit variance per entry, independent per row
-    difference:     "forward" reuses the output of the forward pass (q queries per row), "central" takes 2q
+    difference:     "forward" reuses the output of the forward pass (q queries per row), "central" takes 2q; "auto":
+                    central for boxes declared noisy, else forward
     step_size:      in units of the input scale; "auto" measures it at the first backward and follows the box
     clip:           quantile of the row norms above which a row is shortened; "auto": .9 on boxes that are not smooth
     reconstruction: "least_squares" (minimum norm, scaled to be unbiased) or "average"
     input_scale:    one number, or one for each probed element of a row; None: the running deviation of the inputs
     max_rows:       most rows in one call of the box
     max_failed:     share of failed queries in one backward above which it raises
+    allocation:     "uniform": each row gets `probes`; "norm": as many in all, in proportion to the cotangents' norms
 
     Relative mean-square error on a box that is linear over a step, row width d: least squares and orthogonal
     d / q - 1; averages (d + 1) / q Gaussian, (d - 1) / q Rademacher. Homogeneous of degree one in the cotangent. Shared
@@ -66,17 +75,27 @@ class BlackBoxRule:
         *,
         probes: int = 1,
         directions: str = "orthogonal",
-        difference: str = "forward",
+        difference: str = "auto",
         step_size: float | str = "auto",
         clip: float | str | None = "auto",
         reconstruction: str = "least_squares",
         input_scale: float | Sequence[float] | None = None,
         max_rows: int | None = None,
         max_failed: float = 0.5,
+        allocation: str = "uniform",
         ledger: Ledger | None = None,
     ) -> None:
         options = Options(
-            probes, directions, difference, step_size, clip, reconstruction, input_scale, max_rows, max_failed
+            probes,
+            directions,
+            difference,
+            step_size,
+            clip,
+            reconstruction,
+            input_scale,
+            max_rows,
+            max_failed,
+            allocation,
         )
         # One row cannot be compared with others, and a scale given per element of a row says nothing of shared inputs.
         whole = replace(options, clip=None, input_scale=None if isinstance(input_scale, Sequence) else input_scale)
@@ -84,23 +103,26 @@ class BlackBoxRule:
         self.options = options
         self.ledger = ledger if ledger is not None else Ledger()
         self._estimators = {
-            _ROWS: Estimator(options, evaluator.label),
-            _SHARED: Estimator(whole, evaluator.label, bounded=True),
+            _ROWS: Estimator(options, evaluator.label, noisy=evaluator.noisy),
+            _SHARED: Estimator(whole, evaluator.label, bounded=True, noisy=evaluator.noisy),
         }
+        self.history = History()
+        self._parameters = ParameterCosine()
         self._rows = 0
 
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
         """One evaluation of the box; nothing else is computed."""
-        evaluator = self.evaluator
+        evaluator, given = self.evaluator, len(inputs)
+        inputs = evaluator.complete(inputs)
         if evaluator.shared:
             rows = next((value.shape[0] for i, value in enumerate(inputs) if i not in evaluator.shared), 1)
-            outputs = evaluator.evaluate(*repeat_shared(evaluator, inputs, rows))
+            returned, kept, finite = evaluator.answer(*repeat_shared(evaluator, inputs, rows))
         else:
-            rows = inputs[0].shape[0]
-            outputs = evaluator.evaluate(*inputs)
+            returned, kept, finite = evaluator.answer(*inputs)
+            rows = len(kept[0])
         self.ledger.add(call.region, calls=1, forward=rows)
         self._rows = rows
-        return Taken(evaluator.finish(inputs, outputs), (*inputs, *outputs), _Memory(len(inputs)))
+        return Taken(returned, inputs + kept, _Memory(given, len(inputs), finite))
 
     def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """Gradient of each needed floating input, in its dtype; None elsewhere.
@@ -110,18 +132,38 @@ class BlackBoxRule:
         and settings. Raises RewriteError as `Estimator.gradient` does, and where a parameter of the box needs a
         gradient.
         """
-        settings: dict[str, Settings] = taken.memory.settings  # type: ignore[attr-defined]
+        memory: _Memory = taken.memory  # type: ignore[assignment]
+        settings = memory.settings
+        if settings is None:
+            settings = memory.settings = {}
+        measured = self._measurements
 
         def estimate(group: str, probed: Probed, lost: int) -> Array:
             found, used, failed = self._estimators[group].gradient(
                 probed, call.key.named(group), lost, settings.get(group)
             )
-            settings.setdefault(group, used)
+            if group not in settings:
+                settings[group] = used
+                failed += lost  # of the forward, counted once
             if failed:
                 self.ledger.add(call.region, failed=failed)
             return found
 
-        return self._pull_back(call, taken, cotangents, needed, estimate)
+        gradients = self._pull_back(call, taken, cotangents, needed, estimate)
+        if self._measurements > measured and (quality := self.quality) is not None:
+            self.history.append(call.key.forward, quality)
+        return gradients
+
+    def record(self, forward: int, signal: float, noise: float) -> None:
+        """As `Rule` says."""
+        self._parameters.record(signal, noise)
+        if (quality := self.quality) is not None:
+            self.history.append(forward, quality)
+
+    def inputs(self, taken: Taken) -> tuple[Tensor, ...]:
+        """What the forward gave to the box: the inputs of the region, and the seeds drawn for them."""
+        memory: _Memory = taken.memory  # type: ignore[assignment]
+        return taken.tensors[: memory.inputs]
 
     def exact(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """As `backward`, from every coordinate of every row at the current step, unclipped; counted as "check"."""
@@ -135,7 +177,12 @@ class BlackBoxRule:
     def quality(self) -> Quality | None:
         """Of the rows' gradients, or of the shared inputs' where no other is needed; None before the first backward."""
         found = (self._estimators[group].quality for group in (_ROWS, _SHARED))
-        return next((quality for quality in found if quality is not None), None)
+        quality = next((quality for quality in found if quality is not None), None)
+        return quality and replace(quality, parameter_cosine=self._parameters.value)
+
+    @property
+    def _measurements(self) -> int:
+        return sum(estimator.tracker.measurements for estimator in self._estimators.values())
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for reports; what is not known before the first backward is None."""
@@ -147,12 +194,14 @@ class BlackBoxRule:
             "width": estimator.width,
             "probes": estimator.probes,
             "directions": self.options.directions,
-            "difference": self.options.difference,
+            "difference": estimator.difference,
             "kind": estimator.step.kind,
             "step_size": estimator.step.value if estimator.width is not None else None,
             "absolute_step": estimator.absolute_step if estimator.width is not None else None,
             "predicted_cosine": quality.predicted_cosine if quality else None,
             "measured_cosine": quality.measured_cosine if quality else None,
+            "slope": quality.slope if quality else None,
+            "parameter_cosine": quality.parameter_cosine if quality else None,
             "bias": quality.bias if quality else None,
             "rows_per_backward": estimator.queries_per_row * self._rows or None,
         }
@@ -160,7 +209,7 @@ class BlackBoxRule:
     def get_state(self) -> dict[str, Any]:
         """Running statistics of both groups: tensors, numbers and strings."""
         states: dict[str, Any] = {group: estimator.get_state() for group, estimator in self._estimators.items()}
-        return {**states, "options": repr(self.options)}
+        return {**states, "parameters": vars(self._parameters).copy(), "options": repr(self.options)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from what `get_state` returned, bit for bit.
@@ -172,34 +221,44 @@ class BlackBoxRule:
             return
         for group, estimator in self._estimators.items():
             estimator.set_state(state[group])
+        self._parameters = ParameterCosine(**state["parameters"])
 
     def _pull_back(
         self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...], estimate: _Estimate
     ) -> Gradients:
-        count: int = taken.memory.inputs  # type: ignore[attr-defined]
-        inputs, outputs = taken.tensors[:count], taken.tensors[count:]
-        if any(needed[count:]):
+        memory: _Memory = taken.memory  # type: ignore[assignment]
+        inputs, outputs = self.inputs(taken), taken.tensors[memory.inputs :]
+        if True in needed[memory.given :]:
             raise RewriteError(
                 "a parameter of a black box needs a gradient",
                 where=f"{call.region} ({self.evaluator.label})",
                 why="probes perturb the inputs of the box, not what it holds",
                 remedy="freeze it with requires_grad_(False), or pass it to the box as an input",
             )
-        wanted = tuple(i for i in range(count) if needed[i] and inputs[i].is_floating_point())
-        contracted = tuple(
-            k for k, v in enumerate(cotangents) if v is not None and outputs[k].is_floating_point() and v.numel()
-        )
+        wanted = [i for i in range(memory.given) if needed[i] and inputs[i].is_floating_point()]
+        contracted = tuple([k for k, v in enumerate(cotangents) if v is not None and outputs[k].is_floating_point()])
         gradients: list[Tensor | None] = [None] * len(needed)
         if not wanted or not contracted:
             return tuple(gradients)
-        batch, rows = self._batch(call, inputs, outputs, cotangents, contracted)
+        spend = partial(self.ledger.add, call.region)
+        batch, rows = batch_of(
+            self.evaluator,
+            inputs,
+            outputs,
+            cotangents,
+            contracted,
+            call.rank,
+            spend,
+            self.options.max_rows,
+            memory.finite,
+        )
         shared = frozenset() if self.evaluator.repeats_shared else self.evaluator.shared
-        own = tuple(i for i in wanted if i not in shared)
-        whole = tuple(i for i in wanted if i in shared)
+        own = tuple([i for i in wanted if i not in shared])
         if own:
             found = rows.restore(self._estimate(_ROWS, RowProbes(batch, own), rows, call, estimate))
             self._divide(found, own, inputs, gradients)
-        if whole:
+        if len(own) < len(wanted):
+            whole = tuple([i for i in wanted if i in shared])
             found = self._estimate(_SHARED, BatchProbes(batch, whole), rows, call, estimate)
             self._divide(np.full_like(found, math.nan) if rows.poisoned else found, whole, inputs, gradients)
         return tuple(gradients)
@@ -208,49 +267,26 @@ class BlackBoxRule:
         self, found: Array, positions: tuple[int, ...], inputs: tuple[Tensor, ...], gradients: list[Tensor | None]
     ) -> None:
         """Puts (rows, d) into the gradients of the inputs at `positions`, summed over rows for shared ones."""
-        shared = self.evaluator.shared
-        widths = [inputs[i].numel() if i in shared else math.prod(inputs[i].shape[1:]) for i in positions]
-        for i, part in zip(positions, divided(found, widths), strict=True):
-            total = torch.from_numpy(part.sum(0) if i in shared else part)
-            gradients[i] = total.reshape(inputs[i].shape).to(inputs[i].device, inputs[i].dtype)
+        shared, parts = self.evaluator.shared, [found]
+        if len(positions) > 1:
+            parts = divided(found, [_width(inputs[i], i in shared) for i in positions])
+        for i, part in zip(positions, parts, strict=True):
+            like, total = inputs[i], torch.from_numpy(part.sum(0) if i in shared else part)
+            if total.shape != like.shape:
+                total = total.reshape(like.shape)
+            gradients[i] = total if total.dtype is like.dtype and like.is_cpu else total.to(like.device, like.dtype)
 
-    def _estimate(self, group: str, probed: Probed, rows: LiveRows, call: Call, estimate: _Estimate) -> Array:
+    def _estimate(
+        self, group: str, probed: RowProbes | BatchProbes, rows: LiveRows, call: Call, estimate: _Estimate
+    ) -> Array:
+        """The group's estimate over the live rows; where none is live, zero."""
         if rows.live:
-            return estimate(group, probed, rows.lost)
-        lost = rows.lost * self._estimators[group].queries_per_row
-        self._estimators[group].check_failures(lost, lost)
-        if lost:
-            self.ledger.add(call.region, failed=lost)
+            return probed.pull_back(estimate(group, probed, rows.lost))
+        self._estimators[group].check_failures(rows.lost, rows.lost)
+        if rows.lost:
+            self.ledger.add(call.region, failed=rows.lost)
         return np.zeros_like(probed.base)
 
-    def _batch(
-        self,
-        call: Call,
-        inputs: tuple[Tensor, ...],
-        outputs: tuple[Tensor, ...],
-        cotangents: Gradients,
-        contracted: tuple[int, ...],
-    ) -> tuple[Batch, LiveRows]:
-        evaluator = self.evaluator
-        work = torch.float32
-        for dtype in (*evaluator.dtypes(*inputs), *(outputs[k].dtype for k in contracted)):
-            if dtype.is_floating_point and dtype is not work:
-                work = torch.promote_types(work, dtype)
-        incoming = side_by_side([v for k in contracted if (v := cotangents[k]) is not None], work)
-        found = side_by_side([outputs[k] for k in contracted], work)
-        rows = LiveRows(incoming, found)
-        batch = Batch(
-            evaluator=evaluator,
-            inputs=[v if i in evaluator.shared else rows.take_tensor(v) for i, v in enumerate(inputs)],
-            contracted=contracted,
-            outputs=rows.take(found),
-            cotangents=rows.take(incoming),
-            norms=rows.norms,
-            work=work,
-            rows=rows.index,
-            total_rows=rows.total,
-            first_row=call.rank * rows.total,
-            max_rows=self.options.max_rows,
-            spend=partial(self.ledger.add, call.region),
-        )
-        return batch, rows
+
+def _width(value: Tensor, whole: bool) -> int:
+    return value.numel() if whole else math.prod(value.shape[1:])

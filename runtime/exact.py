@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .estimators.quality import History
 from .ledger import Ledger
 from .region import keeps_graph
 from .rule import Call, Gradients, Taken
@@ -49,7 +50,7 @@ class ExactRule:
     """
 
     def __init__(self, segment: Segment, ledger: Ledger) -> None:
-        self.segment, self.ledger = segment, ledger
+        self.segment, self.ledger, self.history = segment, ledger, History()
 
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
         tape = _Tape()
@@ -82,6 +83,9 @@ class ExactRule:
         finally:
             tape.hoisted = []
         return tuple(next(found) if need else None for need in needed)
+
+    def record(self, forward: int, signal: float, noise: float) -> None:
+        """There is no noise."""
 
     @property
     def quality(self) -> None:

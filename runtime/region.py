@@ -8,6 +8,7 @@ see exactly what they see in eager.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Region:
             Ambient.now(),
         )
         if torch.is_grad_enabled() and True in needed:
-            outputs = _Bridge.apply(self.rule, call, len(inputs), *inputs, *trained)  # type: ignore[no-untyped-call]
+            outputs = _apply(self.rule, call, len(inputs), *inputs, *trained)  # type: ignore[no-untyped-call]
         else:
             with torch.no_grad():
                 outputs = self.rule.forward(
@@ -92,6 +93,7 @@ def keeps_graph() -> bool:
 
 
 _SPENT = object()
+_NOTHING = nullcontext()  # grad mode is off in a backward already, and entering no_grad costs three microseconds
 
 
 class _Bridge(torch.autograd.Function):
@@ -118,10 +120,9 @@ class _Bridge(torch.autograd.Function):
                 remedy="pass retain_graph=True to the first backward",
             )
         twice = torch.is_grad_enabled()  # create_graph=True: somebody may differentiate this gradient again
-        needed = ctx.needs_input_grad[3:]
-        with torch.no_grad(), call.ambient.enter():
-            taken = Taken((), ctx.saved_tensors, ctx.memory)
-            gradients = rule.backward(call, taken, cotangents, needed)
+        taken = Taken((), ctx.saved_tensors, ctx.memory)
+        with torch.no_grad() if twice else _NOTHING, call.ambient.enter():
+            gradients = rule.backward(call, taken, cotangents, ctx.needs_input_grad[3:])
         del taken
         if not keeps_graph():
             ctx.memory = _SPENT
@@ -129,6 +130,11 @@ class _Bridge(torch.autograd.Function):
             anchor = torch.zeros((), requires_grad=True)
             gradients = _Once.apply(call.region, anchor, *gradients)  # type: ignore[no-untyped-call]
         return None, None, None, *gradients
+
+
+# The method that `Function.apply` ends in, once it has looked for transforms (refused above) and for a `setup_context`
+# (there is none): eight microseconds less.
+_apply = super(torch.autograd.Function, _Bridge).apply
 
 
 class _Once(torch.autograd.Function):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from .ambient import PLAIN, Ambient
-from .estimators.quality import Quality
+from .estimators.quality import History, Quality
 from .random import Key
 
 Gradients = tuple[Tensor | None, ...]
@@ -48,6 +48,18 @@ class Rule(Protocol):
 
     def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """One gradient, or None, for each input and then for each parameter; `taken.outputs` is empty here."""
+        ...
+
+    @property
+    def history(self) -> History:
+        """Of the quality, as long as the rule exists."""
+        ...
+
+    def record(self, forward: int, signal: float, noise: float) -> None:
+        """Squared length of a forward's gradient of all parameters, and of the noise that this region puts into it.
+
+        Both as shares of the mean squared length of that forward's estimates.
+        """
         ...
 
     @property

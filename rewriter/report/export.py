@@ -29,6 +29,7 @@ def export(step: Rewritten, folder: str | Path) -> Path:
     program = describe(step)
     place = Path(folder)
     (place / "segments").mkdir(parents=True, exist_ok=True)
+    _remove_former(place)
     _write(place / "program.json", json.dumps(program, indent=1, ensure_ascii=False) + "\n")
     drawing = dot(program)
     _write(place / "program.dot", drawing.source)
@@ -41,6 +42,18 @@ def export(step: Rewritten, folder: str | Path) -> Path:
     if all(isinstance(entry.target, str) for entry in step.plan):
         _write(place / "plan.txt", step.plan.text())
     return place
+
+
+def _remove_former(place: Path) -> None:
+    """Segments that an earlier export wrote here, as its program.json names them; other files stay."""
+    try:
+        former = json.loads((place / "program.json").read_text(encoding="utf-8"))["segments"]
+        names = [str(segment["name"]) for segment in former]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in names:
+        if name.isidentifier():
+            (place / "segments" / f"{name}.py").unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -12,11 +12,21 @@ from torch import Tensor
 Array = npt.NDArray[Any]
 
 
-def side_by_side(values: Sequence[Tensor], dtype: torch.dtype) -> Array:
-    """(rows, sum of widths) in `dtype`, from tensors with rows in dimension 0."""
-    flat = [value.detach().to("cpu", dtype).numpy() for value in values]
-    flat = [value if value.ndim == 2 else value.reshape(len(value), math.prod(value.shape[1:])) for value in flat]
-    return flat[0] if len(flat) == 1 else np.concatenate(flat, 1)
+def host(value: Tensor) -> Array:
+    """The tensor's numbers on the host, in place where they lie there; bfloat16, which numpy lacks, as float32."""
+    value = value.detach()
+    if value.dtype is torch.bfloat16:
+        value = value.float()
+    array: Array = value.numpy() if value.is_cpu else value.cpu().numpy()
+    return array
+
+
+def side_by_side(values: Sequence[Array], dtype: np.dtype[Any]) -> Array:
+    """(rows, sum of widths) in `dtype`, from arrays with rows in dimension 0."""
+    flat = [v if v.ndim == 2 else v.reshape(len(v), math.prod(v.shape[1:])) for v in values]
+    if len(flat) > 1:
+        return np.concatenate(flat, 1, dtype=dtype)
+    return flat[0] if flat[0].dtype == dtype else flat[0].astype(dtype)
 
 
 def divided(values: Array, widths: Sequence[int]) -> list[Array]:
@@ -27,8 +37,10 @@ def divided(values: Array, widths: Sequence[int]) -> list[Array]:
 
 
 def is_finite(values: Array) -> bool:
-    """Whether all are; a sum that overflows only leads to the long way round."""
-    return math.isfinite(float(values.sum())) or bool(np.isfinite(values).all())
+    """Whether all are; a sum of squares that overflows only leads to the long way round."""
+    if values.dtype.kind != "f":
+        return True
+    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
 
 def row_norms(values: Array) -> Array:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from rewriter.runtime.random import Key, normal, signs, subsets
 
@@ -27,7 +26,7 @@ def draw(
     """
     if kind in ("rademacher", "gaussian"):
         entries = signs if kind == "rademacher" else normal
-        return _as(entries(key, rows, count * width, first_row), dtype).reshape(rows, count, width)
+        return entries(key, rows, count * width, first_row).astype(dtype, copy=False).reshape(rows, count, width)
     complete, partial = (_rotated_basis, _frame) if kind == "orthogonal" else (_basis, _coordinates)
     if count < width:
         return partial(key, rows, count, width, first_row, dtype)
@@ -37,12 +36,9 @@ def draw(
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, 1)
 
 
-def _as(numbers: Tensor, dtype: npt.DTypeLike) -> Array:
-    return numbers.numpy().astype(dtype, copy=False)
-
-
 def _basis(key: Key, rows: int, width: int, first_row: int, dtype: npt.DTypeLike) -> Array:
-    return np.tile(np.eye(width, dtype=dtype) * _root(width, dtype), (rows, 1, 1))
+    basis = np.eye(width, dtype=dtype) * _root(width, dtype)
+    return np.broadcast_to(basis, (rows, width, width))  # the same for every row: no copy
 
 
 def _root(width: int, dtype: npt.DTypeLike) -> Any:
@@ -50,7 +46,7 @@ def _root(width: int, dtype: npt.DTypeLike) -> Any:
 
 
 def _coordinates(key: Key, rows: int, count: int, width: int, first_row: int, dtype: npt.DTypeLike) -> Array:
-    chosen = subsets(key, rows, width, count, first_row).numpy()
+    chosen = subsets(key, rows, width, count, first_row)
     directions = np.zeros((rows, count, width), dtype)
     np.put_along_axis(directions, chosen[:, :, None], _root(width, dtype), 2)
     return directions
@@ -62,19 +58,20 @@ def _rotated_basis(key: Key, rows: int, width: int, first_row: int, dtype: npt.D
     Each row's frame is Haar-distributed; as complete frames have no estimation error on a linear box, nothing is lost
     by sharing the rotation, and one QR replaces `rows` of them.
     """
-    basis, triangle = np.linalg.qr(_as(normal(key.named("rotation"), width, width), dtype))
+    basis, triangle = np.linalg.qr(normal(key.named("rotation"), width, width).astype(dtype, copy=False))
     basis *= np.sign(triangle.diagonal()) * _root(width, dtype)
-    flipped: Array = basis * _as(signs(key, rows, width, first_row), dtype)[:, None]
+    flipped: Array = basis * signs(key, rows, width, first_row).astype(dtype, copy=False)[:, None]
     return flipped
 
 
 def _frame(key: Key, rows: int, count: int, width: int, first_row: int, dtype: npt.DTypeLike) -> Array:
     """Incomplete frames: `count` orthogonal directions, the span of each row Haar-distributed."""
-    gaussian = _as(normal(key, rows, count * width, first_row), dtype).reshape(rows, count, width)
+    gaussian = normal(key, rows, count * width, first_row).astype(dtype, copy=False).reshape(rows, count, width)
     if count > 1:
         return _reflections(gaussian)
-    length = np.sqrt(np.einsum("nkd,nkd->nk", gaussian, gaussian))
-    length /= _root(width, dtype)
+    length = np.einsum("nkd,nkd->nk", gaussian, gaussian)
+    length *= length.dtype.type(1 / width)
+    np.sqrt(length, out=length)
     direction: Array = gaussian / length[:, :, None]
     return direction
 

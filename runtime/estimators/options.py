@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rewriter.runtime.errors import RewriteError
 
+from .allocation import ALLOCATIONS
 from .arrays import Array
 from .directions import KINDS
 
@@ -16,20 +17,22 @@ class Options:
 
     probes: int = 1
     directions: str = "orthogonal"
-    difference: str = "forward"
+    difference: str = "auto"
     step_size: float | str = "auto"
     clip: float | str | None = "auto"
     reconstruction: str = "least_squares"
     input_scale: float | Sequence[float] | None = None
     max_rows: int | None = None
     max_failed: float = 0.5
+    allocation: str = "uniform"
 
     def __post_init__(self) -> None:
         _check_count("probes", self.probes)
         if self.max_rows is not None:
             _check_count("max_rows", self.max_rows)
         _check_choice("directions", self.directions, KINDS)
-        _check_choice("difference", self.difference, ("forward", "central"))
+        _check_choice("difference", self.difference, ("auto", "forward", "central"))
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("reconstruction", self.reconstruction, ("least_squares", "average"))
         if self.step_size != "auto":
             _check_number("step_size", self.step_size, math.inf)

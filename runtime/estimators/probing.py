@@ -5,31 +5,34 @@ Two layouts share one interface. `RowProbes`: every live row is perturbed on its
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rewriter.runtime.evaluator import Evaluator, repeat_shared
 from rewriter.runtime.random import Key
 
-from .arrays import Array, divided, side_by_side
+from .arrays import Array, divided, row_norms, side_by_side
+from .batch import Batch
+from .coordinates import Coordinates
 from .directions import draw
 
 
 class Probed(Protocol):
     """What an estimator sees: n rows of width d with outputs of width m.
 
-    base: (n, d); outputs, cotangents: (n, m); norms: (n,) float64 norms of the cotangents
+    base: (n, d), in `coordinates` where an input has a domain; outputs, cotangents: (n, m); norms: (n,) float64 norms
+    of the cotangents
     """
 
     base: Array
     outputs: Array
     cotangents: Array
-    norms: Array
+    coordinates: Coordinates | None
+
+    @property
+    def norms(self) -> Array: ...
 
     @property
     def epsilon(self) -> float:
@@ -40,8 +43,11 @@ class Probed(Protocol):
         """(n, count, d), each row's own."""
         ...
 
-    def evaluate(self, points: Array, **purposes: int) -> Array:
-        """Outputs (n, k, m) at points (n, k, d); purposes: how many of the k queries of a row each purpose pays for."""
+    def evaluate(self, points: Array, counted: Array | None = None, **purposes: int) -> Array:
+        """Outputs (n, k, m) at points (n, k, d); purposes: how many of the k queries of a row each purpose pays for.
+
+        counted: (n, k) bool, the queries to make: the others get NaN, and the first purpose saves them.
+        """
         ...
 
     def sample(self, count: int) -> "Probed":
@@ -49,76 +55,31 @@ class Probed(Protocol):
         ...
 
 
-@dataclass
-class Batch:
-    """The live rows of one backward.
-
-    inputs: of the box; contracted: positions of the outputs with a cotangent; outputs, cotangents: (n, m) these side by
-    side; norms: (n,) of the cotangents; work: dtype of all arithmetic; rows: indices of the live rows, None for all;
-    total_rows, first_row: of the whole local batch, for the random numbers; spend: adds amounts to the ledger by name
-    """
-
-    evaluator: Evaluator
-    inputs: Sequence[Tensor]
-    contracted: tuple[int, ...]
-    outputs: Array
-    cotangents: Array
-    norms: Array
-    work: torch.dtype
-    rows: Array | None
-    total_rows: int
-    first_row: int
-    max_rows: int | None
-    spend: Callable[..., None]
-
-    def call(self, arguments: Sequence[Tensor], rows: int, fixed: frozenset[int], purposes: dict[str, int]) -> Array:
-        """Contracted outputs side by side, (rows, m), in chunks of at most `max_rows`.
-
-        fixed: arguments without rows to cut; purposes: queries that each purpose pays for, as the ledger names them
-        """
-        chunk = self.max_rows or rows
-        pieces = []
-        for start in range(0, rows, chunk):
-            part = arguments
-            if chunk < rows:
-                part = [a if i in fixed else a[start : start + chunk] for i, a in enumerate(arguments)]
-            found = self.evaluator.evaluate(*part)
-            pieces.append(side_by_side([found[i] for i in self.contracted], self.work))
-        self.spend(calls=len(pieces), **purposes)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def subset(self, count: int) -> "Batch":
-        """`count` of the rows, evenly spread, numbered anew."""
-        chosen = np.linspace(0, len(self.outputs) - 1, count).round().astype(np.int64)
-        index = torch.from_numpy(chosen)
-        shared = self.evaluator.shared
-        return replace(
-            self,
-            inputs=[v if i in shared else v[index.to(v.device)] for i, v in enumerate(self.inputs)],
-            outputs=self.outputs[chosen],
-            cotangents=self.cotangents[chosen],
-            norms=self.norms[chosen],
-            rows=None,
-            total_rows=count,
-            first_row=0,
-        )
-
-
 class RowProbes:
     """Values with rows, and shared values repeated per row, perturbed independently in every row."""
 
     def __init__(self, batch: Batch, positions: tuple[int, ...]) -> None:
         self.batch, self.positions = batch, positions
-        self.outputs, self.cotangents, self.norms = batch.outputs, batch.cotangents, batch.norms
-        self._values = repeat_shared(batch.evaluator, batch.inputs, len(batch.outputs))
-        self._dtypes = batch.evaluator.dtypes(*batch.inputs)
-        self.base = side_by_side([self._values[i] for i in positions], batch.work)
+        self.outputs, self.cotangents = batch.outputs, batch.cotangents
+        rows, repeated = len(batch.outputs), batch.evaluator.shared if batch.evaluator.repeats_shared else ()
+        self._values = [v[None].repeat(rows, 0) if i in repeated else v for i, v in enumerate(batch.inputs)]
         self._widths = [math.prod(self._values[i].shape[1:]) for i in positions]
+        self._base = side_by_side([self._values[i] for i in positions], batch.work)
+        self.coordinates, self.base = _entered(batch, positions, self._widths, self._base)
+
+    def pull_back(self, gradient: Array) -> Array:
+        """From the gradient (n, d) in `coordinates` to that of the values."""
+        return gradient if self.coordinates is None else self.coordinates.pull_back(gradient, self._base)
+
+    @property
+    def norms(self) -> Array:
+        """As `Probed` says."""
+        return row_norms(self.cotangents)
 
     @property
     def epsilon(self) -> float:
         """As `Probed` says."""
-        return _coarsest(self._dtypes, self.positions)
+        return _coarsest(self.batch, self.positions)
 
     def directions(self, kind: str, key: Key, count: int) -> Array:
         """As `Probed` says; a live row's numbers do not depend on which others are alive."""
@@ -126,24 +87,34 @@ class RowProbes:
         drawn = draw(kind, key, batch.total_rows, count, self.base.shape[1], batch.first_row, self.base.dtype)
         return drawn if batch.rows is None else drawn[batch.rows]
 
-    def evaluate(self, points: Array, **purposes: int) -> Array:
+    def evaluate(self, points: Array, counted: Array | None = None, **purposes: int) -> Array:
         """As `Probed` says, in one stacked call."""
         rows, count, width = points.shape
-        stacked = rows * count
-        perturbed = dict(zip(self.positions, divided(points.reshape(stacked, width), self._widths), strict=True))
+        if self.coordinates is not None:
+            points = self.coordinates.leave(points)
+        flat, repeats = points.reshape(rows * count, width), None
+        if counted is not None:
+            flat, repeats = flat[counted.reshape(-1)], np.count_nonzero(counted, 1)
+        purposes = {purpose: rows * amount for purpose, amount in purposes.items()}
+        purposes[next(iter(purposes))] -= rows * count - len(flat)
+        stacked = len(flat)
+        perturbed = dict(zip(self.positions, divided(flat, self._widths), strict=True))
         fixed = frozenset() if self.batch.evaluator.repeats_shared else self.batch.evaluator.shared
         arguments = []
         for i, value in enumerate(self._values):
             if i in perturbed:
-                moved = torch.from_numpy(perturbed[i])
-                moved = moved if value.dim() == 2 else moved.reshape(stacked, *value.shape[1:])
-                arguments.append(moved.to(value.device, self._dtypes[i]))
-            elif i in fixed or count == 1:
+                moved = perturbed[i]
+                arguments.append(moved if value.ndim == 2 else moved.reshape(stacked, *value.shape[1:]))
+            elif i in fixed or (count == 1 and repeats is None):
                 arguments.append(value)
             else:
-                arguments.append(value.repeat_interleave(count, 0))
-        spent = {purpose: rows * amount for purpose, amount in purposes.items()}
-        return self.batch.call(arguments, stacked, fixed, spent).reshape(rows, count, -1)
+                arguments.append(value.repeat(count if repeats is None else repeats, 0))
+        found = self.batch.call(arguments, stacked, fixed, purposes)
+        if counted is None:
+            return found.reshape(rows, count, -1)
+        outputs = np.full((rows, count, found.shape[1]), math.nan, found.dtype)
+        outputs[counted] = found
+        return outputs
 
     def sample(self, count: int) -> "RowProbes":
         """As `Probed` says."""
@@ -156,29 +127,39 @@ class BatchProbes:
     def __init__(self, batch: Batch, positions: tuple[int, ...]) -> None:
         self.batch, self.positions = batch, positions
         self.outputs, self.cotangents = batch.outputs.reshape(1, -1), batch.cotangents.reshape(1, -1)
-        self.norms = np.linalg.norm(batch.norms).reshape(1)
-        self._dtypes = batch.evaluator.dtypes(*batch.inputs)
-        self.base = side_by_side([batch.inputs[i].unsqueeze(0) for i in positions], batch.work)
-        self._widths = [batch.inputs[i].numel() for i in positions]
+        self._widths = [batch.inputs[i].size for i in positions]
+        self._base = side_by_side([batch.inputs[i][None] for i in positions], batch.work)
+        self.coordinates, self.base = _entered(batch, positions, self._widths, self._base)
+
+    def pull_back(self, gradient: Array) -> Array:
+        """From the gradient (1, d) in `coordinates` to that of the values."""
+        return gradient if self.coordinates is None else self.coordinates.pull_back(gradient, self._base)
+
+    @property
+    def norms(self) -> Array:
+        """As `Probed` says."""
+        return row_norms(self.cotangents)
 
     @property
     def epsilon(self) -> float:
         """As `Probed` says."""
-        return _coarsest(self._dtypes, self.positions)
+        return _coarsest(self.batch, self.positions)
 
     def directions(self, kind: str, key: Key, count: int) -> Array:
         """As `Probed` says; the same on every rank, so that the mean over ranks is along one set of directions."""
         return draw(kind, key, 1, count, self.base.shape[1], 0, self.base.dtype)
 
-    def evaluate(self, points: Array, **purposes: int) -> Array:
+    def evaluate(self, points: Array, counted: Array | None = None, **purposes: int) -> Array:
         """As `Probed` says: one call of the whole batch for each of the k points."""
+        assert counted is None, "a batch that is one row has no rows to choose among"
         batch, rows = self.batch, len(self.batch.outputs)
+        if self.coordinates is not None:
+            points = self.coordinates.leave(points)
         outputs = []
         for point in points[0]:
             arguments = list(batch.inputs)
             for i, values in zip(self.positions, divided(point[None], self._widths), strict=True):
-                moved = torch.from_numpy(values).reshape(batch.inputs[i].shape)
-                arguments[i] = moved.to(batch.inputs[i].device, self._dtypes[i])
+                arguments[i] = values.reshape(batch.inputs[i].shape)
             outputs.append(batch.call(arguments, rows, batch.evaluator.shared, {}).reshape(-1))
         batch.spend(**{purpose: rows * amount for purpose, amount in purposes.items()})
         return np.stack(outputs)[None]
@@ -188,5 +169,14 @@ class BatchProbes:
         return BatchProbes(self.batch.subset(count), self.positions)
 
 
-def _coarsest(dtypes: Sequence[torch.dtype], positions: Sequence[int]) -> float:
+def _entered(
+    batch: Batch, positions: Sequence[int], widths: Sequence[int], values: Array
+) -> tuple[Coordinates | None, Array]:
+    evaluator = batch.evaluator
+    coordinates = Coordinates.of(positions, widths, evaluator.domains, evaluator.label, batch.work)
+    return coordinates, values if coordinates is None else coordinates.enter(values, evaluator.label)
+
+
+def _coarsest(batch: Batch, positions: Sequence[int]) -> float:
+    dtypes = batch.evaluator.dtypes(*batch.like)
     return max(torch.finfo(dtypes[i]).eps for i in positions)

@@ -1,7 +1,7 @@
 """How good an estimate is: predicted from its construction, measured from an independent probe, its bias named."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,24 +11,84 @@ from .arrays import Array
 EVERY = 50  # backwards between two measurements
 _DECAY = 0.95
 _MEASURE_DECAY = 0.8  # of the measurements, which are fifty times rarer
+_REMEMBERED = 20  # calls of `measure` that the running parameter cosine reaches back
+_POINTS = 1024  # of a history, at most
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of one region's row gradients.
+    """Quality of one region's gradients.
 
-    predicted_cosine: root mean square over rows for a box that is linear over a step; measured_cosine: running, from
-    independent probes, None before the first; changed, clipped, failed: running shares of probes that changed an
-    output, of rows that were clipped, of queries that failed (None before the first); bias: what both cosines leave
-    out
+    predicted_cosine: of rows, root mean square over them, for a box that is linear over a step; measured_cosine,
+    slope: of rows, running, from independent probes (None before the first); parameter_cosine: of the gradient of all
+    parameters, as if this region alone were estimated, running over the calls of `step.measure` (None before the
+    first); changed, clipped, failed: running shares of probes that changed an output, of rows that were clipped, of
+    queries that failed (changed is None before the first); bias: what the cosines leave out
+
+    A cosine is between an estimate and what it estimates, a slope the estimate's length along that: 1 is right. Those
+    of rows are taken before a clip.
     """
 
     predicted_cosine: float
     measured_cosine: float | None
+    slope: float | None
+    parameter_cosine: float | None
     changed: float | None
     clipped: float
     failed: float
     bias: str
+
+
+@dataclass
+class History:
+    """Qualities over a training, to plot: every measurement, then every second, fourth, ... as it grows too long.
+
+    points: (index of the forward pass, quality)
+    """
+
+    points: list[tuple[int, Quality]] = field(default_factory=list)
+    _every: int = 1
+    _seen: int = 0
+
+    def append(self, forward: int, quality: Quality) -> None:
+        """One measurement."""
+        if self._seen % self._every == 0:
+            self.points.append((forward, quality))
+            if len(self.points) == _POINTS:
+                del self.points[1::2]
+                self._every *= 2
+        self._seen += 1
+
+
+@dataclass
+class ParameterCosine:
+    """Running parameter cosine from replicates: gradients of one forward from independent random numbers.
+
+    Of two, G1 and G2, E|G1 - G2|^2 / 2 is the noise s, E|G|^2 - s the square of the gradient's length, so that the
+    cosine is sqrt(1 - s / E|G|^2) = sqrt(<G1, G2> / mean |G|^2): the split-half estimate.
+    """
+
+    calls: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def record(self, signal: float, noise: float) -> None:
+        """One call's |gradient|^2 and noise, both as shares of that call's mean |G|^2."""
+        self.calls += 1
+        weight = max(1 / self.calls, 1 / _REMEMBERED)
+        self.signal += weight * (signal - self.signal)
+        self.noise += weight * (noise - self.noise)
+
+    @property
+    def value(self) -> float | None:
+        """None before the first call."""
+        return cosine_of(self.signal, self.noise) if self.calls else None
+
+
+def cosine_of(signal: float, noise: float) -> float:
+    """sqrt(signal / (signal + noise)), in 0 .. 1 whatever noise has made of the two."""
+    signal = max(signal, 0.0)
+    return math.sqrt(min(signal / total, 1.0)) if (total := signal + max(noise, 0.0)) > 0 else 0.0
 
 
 def predicted_cosine(kind: str, probes: int, width: int, averaged: bool) -> float:
@@ -59,8 +119,9 @@ class QualityTracker:
         self.changed: float | None = None
         self.clipped = 0.0
         self.failed = 0.0
+        self.measurements = 0
         self._backwards = 0
-        self._products: tuple[float, float] | None = None
+        self._products: list[float] | None = None  # means of p c, p p and c c
 
     @property
     def due(self) -> bool:
@@ -74,6 +135,13 @@ class QualityTracker:
             return None
         return math.sqrt(min(max(self._products[0] / self._products[1], 0.0), 1.0))
 
+    @property
+    def slope(self) -> float | None:
+        """Running <estimate, gradient> / |gradient|^2 of rows; E[c c] = |g|^2."""
+        if self._products is None or self._products[2] <= 0:
+            return None
+        return self._products[0] / self._products[2]
+
     def count(self, changed: float | None, clipped: float, failed: float) -> None:
         """After one backward: its shares."""
         self._backwards += 1
@@ -85,27 +153,27 @@ class QualityTracker:
     def measure(self, estimate: Array, direction: Array, observed: Array, norms: Array) -> None:
         """One extra probe per row: estimate, direction (n, d); observed (n,) = u.g; norms (n,) of the cotangents."""
         predicted = np.einsum("nd,nd->n", estimate, direction, dtype=np.float64) / norms
-        products = (float((predicted * observed / norms).mean()), float((predicted * predicted).mean()))
+        self.measurements += 1
+        observed = observed / norms
+        pairs = ((predicted, observed), (predicted, predicted), (observed, observed))
+        products = [float((a * b).mean()) for a, b in pairs]
         before = products if self._products is None else self._products
-        self._products = (
-            _running(before[0], products[0], _MEASURE_DECAY),
-            _running(before[1], products[1], _MEASURE_DECAY),
-        )
+        self._products = [_running(old, new, _MEASURE_DECAY) for old, new in zip(before, products, strict=True)]
 
     def get_state(self) -> dict[str, Any]:
         """Numbers."""
-        state = {"clipped": self.clipped, "failed": self.failed, "backwards": self._backwards}
+        state: dict[str, Any] = {"clipped": self.clipped, "failed": self.failed, "backwards": self._backwards}
         if self.changed is not None:
             state["changed"] = self.changed
         if self._products is not None:
-            state["product"], state["square"] = self._products
+            state["products"] = self._products
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from what `get_state` returned."""
         self.changed, self.clipped, self.failed = state.get("changed"), state["clipped"], state["failed"]
         self._backwards = state["backwards"]
-        self._products = (state["product"], state["square"]) if "product" in state else None
+        self._products = state.get("products")
 
 
 def _running(before: float, now: float, decay: float) -> float:

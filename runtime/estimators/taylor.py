@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rewriter.runtime.evaluator import repeat_shared
+from rewriter.runtime.evaluator import Evaluator, repeat_shared
 
 if TYPE_CHECKING:
     from rewriter.runtime.black_box import BlackBoxRule
     from rewriter.runtime.rule import Call, Gradients
 
-HALVINGS = 8  # steps 2**-1 .. 2**-8 of a tenth of the input's spread
+LARGEST = 0.05  # of the input's spread
+HALVINGS = 8  # steps from there
 ROWS = 16  # of the batch; the test is about the box, not about the batch
 
 
@@ -24,8 +25,9 @@ def remainder_order(
 ) -> float:
     """Largest order p seen in R(h) = sum over rows |v.(f(x + h u) - f(x)) - h g.u| ~ h^p along one random direction.
 
-    2 for the derivative of a smooth f (Taylor), 1 for a wrong gradient, 0 where differences are noise. Infinite where
-    the remainder is below rounding everywhere (f is linear). Queries count as "check".
+    inputs: of the forward, its seeds among them. 2 for the derivative of a smooth f (Taylor), 1 for a wrong gradient,
+    0 where differences are noise. Infinite where the remainder is below rounding everywhere (f is linear). Queries
+    count as "check".
     """
     evaluator = rule.evaluator
     rows = next((len(value) for i, value in enumerate(inputs) if i not in evaluator.shared), 1)
@@ -34,7 +36,7 @@ def remainder_order(
     wide = [v.to(dtype) for v, dtype in zip(values, evaluator.dtypes(*values), strict=True)]
     generator = torch.Generator().manual_seed(0)
     moves = {
-        i: _spread(wide[i]) * torch.randn(wide[i].shape, generator=generator).to(wide[i])
+        i: _inward(evaluator, i, wide[i], torch.randn(wide[i].shape, generator=generator).to(wide[i]))
         for i, gradient in enumerate(gradients[: len(inputs)])
         if gradient is not None and i not in evaluator.shared
     }
@@ -52,7 +54,7 @@ def remainder_order(
         return torch.stack([(outputs[k].double() * v.double()).reshape(few, -1).sum(1) for k, v in kept]).sum(0)
 
     base = objective(0.0)
-    steps = [0.1 * 2.0**-k for k in range(1, HALVINGS + 1)]
+    steps = [2 * LARGEST * 2.0**-k for k in range(1, HALVINGS + 1)]
     remainders = [float((objective(h) - base - h * predicted).abs().sum()) for h in steps]
     noise = 64 * max(torch.finfo(wide[i].dtype).eps for i in moves) * float(base.abs().sum())
     return _order(remainders, noise)
@@ -67,6 +69,18 @@ def _order(remainders: list[float], noise: float) -> float:
         if smaller > noise and larger > 0
     ]
     return max(orders, default=0.0)
+
+
+def _inward(evaluator: Evaluator, position: int, value: Tensor, direction: Tensor) -> Tensor:
+    """The direction in units of the spread, with those elements turned round that lead out of the input's domain."""
+    move = _spread(value) * direction
+    domain = evaluator.domains.get(position)
+    if domain is None:
+        return move
+    bounds = domain.bounds(math.prod(value.shape[1:]), evaluator.label)
+    low, high = (torch.from_numpy(bound.copy()).reshape(value.shape[1:]).to(value) for bound in bounds)
+    ends = value + LARGEST * move
+    return torch.where((ends < low) | (ends > high), -move, move)
 
 
 def _spread(value: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def batch(rows=16, seed=0):
 
 def build(function, **options):
     """A step around a box of `function`; the box's options and the entry's are told apart by name."""
-    own = {key: options.pop(key) for key in ("nonfinite", "on_error", "per_row", "name") if key in options}
+    own = {key: options.pop(key) for key in ("nonfinite", "per_row", "name") if key in options}
     box = CallableBox(function, **own)
     return rewrite(Net(box), BlackBox("box", **options), loss=F.cross_entropy)
 
@@ -101,7 +101,7 @@ def test_masked_rows_never_reach_a_parameter(share):
         optimizer.zero_grad()
     assert all(torch.isfinite(parameter).all() for parameter in step.parameters())
     counts = step.ledger["box"]
-    assert 0.5 * share < counts.failed / counts.queries < 2 * share
+    assert 0.8 * share * counts.forward < counts.failed < 1.2 * share * counts.queries
 
 
 def test_a_masked_row_has_no_gradient_and_the_others_their_own():
@@ -188,18 +188,19 @@ def test_a_wrong_dtype_is_told_in_words(wide):
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "reason"),
     [
-        (lambda x: np.sin(x)[:, :3], r"turns changed the number, shape or dtype of its outputs"),
-        (lambda x: np.sin(x)[:-1], r"output 0 of turns has shape \(\d+, 4\) for \d+ rows"),
-        (lambda x: (np.sin(x), np.cos(x)), r"turns changed the number"),
-        (lambda x: np.sin(x).astype(str), r"turns returned an array of"),
-        (fails, r"turns raised ValueError: no solution found"),
+        (lambda x: np.sin(x)[:, :3], "returned rows of float64 (3,) where others are float64 (4,)"),
+        (lambda x: np.sin(x)[:-1], "returned an output 0 of shape (0, 4) for 1 row of input"),
+        (lambda x: (np.sin(x), np.cos(x)), "returned rows of float64 (4,), float64 (4,) where others are float64 (4,)"),
+        (lambda x: np.sin(x).astype(str), "returned an array of <U32 as output 0"),
+        (fails, "raised ValueError: no solution found"),
     ],
     ids=["width", "rows", "number", "text", "exception"],
 )
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_box_that_goes_bad_later(bad, message, where):
+def test_a_box_that_goes_bad_later(bad, reason, where):
+    """Every row is masked: an error in forward, and past `max_failed` in backward."""
     box = Turns(bad)
     step = build(box, probes=2)
     x, y = batch()
@@ -207,8 +208,12 @@ def test_a_box_that_goes_bad_later(bad, message, where):
     before = [parameter.grad.clone() for parameter in step.parameters()]
     loss = step(x, target=y) if where == "backward" else None
     box.arm()
-    with pytest.raises(BoxError, match=message):
+    message = (
+        "16 of 16 rows of output 0 of turns" if where == "forward" else "100% of the queries of a black box failed"
+    )
+    with pytest.raises(RewriteError, match=message):
         loss.backward() if loss is not None else step(x, target=y)
+    assert step.model.box.last_failure.startswith(f"row 0 {reason}")
     if where == "forward":
         assert all(map(torch.equal, before, (parameter.grad for parameter in step.parameters())))
     box.left = None
@@ -218,7 +223,7 @@ def test_a_box_that_goes_bad_later(bad, message, where):
 
 @pytest.mark.parametrize("example", [True, False])
 def test_a_box_that_raises_at_once(example):
-    with pytest.raises(BoxError, match=r"fails raised ValueError: no solution found[\s\S]*on_error"):
+    with pytest.raises(BoxError, match="fails raised ValueError: no solution found"):
         rewrite(Net(CallableBox(fails)), BlackBox("box"), **({"example": (batch()[0],)} if example else {}))(batch()[0])
 
 
@@ -228,7 +233,7 @@ def test_a_box_that_raises_on_some_points_is_masked_where_declared():
             raise ValueError("out of domain")
         return np.sin(x)
 
-    step = build(picky, on_error="mask", nonfinite="zero", probes=4, max_failed=0.9)
+    step = build(picky, nonfinite="zero", probes=4, max_failed=0.9)
     x, y = batch()
     for _ in range(3):
         step(x, target=y).backward()
@@ -299,4 +304,4 @@ def test_a_batch_without_rows():
     output = step(x)
     assert output.shape == (0, 3)
     output.sum().backward()
-    assert all(p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in step.before.parameters())
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in step.before.parameters())

@@ -128,3 +128,40 @@ def test_a_box_that_fails_while_the_model_is_captured_says_so():
     x, _ = batch()
     with pytest.raises(BoxError, match="licence server unreachable"):
         rewrite(Model(broken), PLAN, loss=F.cross_entropy, example=(x,))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda box, x: box(x, 3.0), "was called with float"),
+        (lambda box, x: box(x=x), "was called with x="),
+        (lambda box, x: box(None), "was called with NoneType"),
+    ],
+)
+def test_a_box_says_what_it_takes(call, said):
+    with pytest.raises(BoxError, match=said):
+        call(Model().box, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("target", [3, None, ("box",)])
+def test_a_target_of_another_kind_is_refused_at_once(target):
+    with pytest.raises(RewriteError, match="is not a target"):
+        BlackBox(target)
+
+
+def test_what_the_model_has_is_set_on_the_model():
+    class Scaled(Model):
+        def __init__(self):
+            super().__init__()
+            self.alpha = 1.0
+
+        def forward(self, x):
+            return super().forward(x) * self.alpha
+
+    step = rewrite(Scaled(), PLAN)
+    x, _ = batch()
+    before = step(x)
+    step.alpha, step.note = 3.0, "mine"
+    assert step.model.alpha == 3.0
+    assert not hasattr(step.model, "note")
+    assert torch.equal(step(x), before * 3.0)

@@ -57,6 +57,10 @@ def test_exporting_twice_into_one_folder(tmp_path):
     step = step_of()
     first = files(step.export(tmp_path))
     assert files(step.export(str(tmp_path))) == first
+    (tmp_path / "segments" / "mine.py").write_text("# kept")
+    other = rewrite(torch.nn.Sequential(torch.nn.Linear(2, 2)), Plan([]), example=(torch.zeros(2, 2),))
+    other.export(tmp_path)
+    assert {path.name for path in (tmp_path / "segments").iterdir()} == {"exact_0.py", "mine.py"}
 
 
 def test_nothing_of_this_machine_is_in_it(tmp_path):

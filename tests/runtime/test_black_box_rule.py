@@ -226,7 +226,7 @@ def test_rows_that_failed_in_forward_get_zero_and_are_counted():
     rule = BlackBoxRule(ArrayBox(failing), probes=16, **NUMBERS)
     (found,) = gradient(rule, X, v=V)
     assert not found[bad].any()
-    assert rule.ledger.total("failed") >= int(bad.sum()) * 16
+    assert rule.ledger.total("failed") == int(bad.sum())
     assert torch.allclose(found[~bad], true_gradient()[~bad], atol=1e-2)
 
 

@@ -29,7 +29,7 @@ def test_counts_by_region_and_purpose():
 
 def test_unknown_names_are_refused():
     ledger = Ledger()
-    with pytest.raises(AttributeError):
+    with pytest.raises(KeyError):
         ledger.add("a", guesses=1)
 
 

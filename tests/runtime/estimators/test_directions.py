@@ -11,7 +11,8 @@ KEY = Key(0, 5, "box")
 
 
 def draw(kind, key, rows, count, width, first_row=0, dtype=torch.float32):
-    return torch.from_numpy(draw_array(kind, key, rows, count, width, first_row, str(dtype).removeprefix("torch.")))
+    drawn = draw_array(kind, key, rows, count, width, first_row, str(dtype).removeprefix("torch."))
+    return torch.tensor(drawn)
 
 
 @pytest.mark.parametrize("kind", KINDS)
