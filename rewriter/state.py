@@ -13,7 +13,7 @@ from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.region import Clock
 from rewriter.runtime.rule import Rule
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Rules(dict[str, Rule]):

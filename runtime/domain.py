@@ -1,7 +1,7 @@
 """Where an input of a box may be evaluated: bounds, whole numbers, positive numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,10 @@ class Domain:
     def __post_init__(self) -> None:
         if self.positive and self.integer:
             raise BoxError("a domain is both integer and positive", remedy="for counts: Domain(low=1, integer=True)")
-        low, high = self._bounds()
+        try:
+            low, high = self._bounds()
+        except (TypeError, ValueError) as error:
+            raise BoxError(f"{self} has a bound that is no number", why=str(error)) from error
         alike = low.ndim <= 1 and high.ndim <= 1 and (low.shape == high.shape or not low.ndim or not high.ndim)
         if not alike or not bool((low < high).all()):
             raise BoxError(
@@ -57,3 +60,17 @@ class Domain:
         low = np.asarray(least if self.low is None else self.low, dtype=np.float64)
         high = np.asarray(math.inf if self.high is None else self.high, dtype=np.float64)
         return (np.ceil(low), np.floor(high)) if self.integer else (low, high)
+
+
+def checked(domains: Mapping[int, Domain], where: str) -> dict[int, Domain]:
+    """Domains by position. Raises BoxError where they are anything else."""
+    if not isinstance(domains, Mapping) or not all(
+        isinstance(position, int) and position >= 0 and isinstance(domain, Domain)
+        for position, domain in domains.items()
+    ):
+        raise BoxError(
+            f"domains={domains!r} does not say which input has which Domain",
+            where=where,
+            remedy="give a Domain for the position (0, 1, ...) of each input that has one: {0: Domain(low=0.0)}",
+        )
+    return dict(domains)

@@ -32,6 +32,19 @@ def refuse_arguments(box: Box, inputs: Sequence[Any], named: dict[str, Any]) -> 
     )
 
 
+def refuse_surplus_domains(box: Box, inputs: Sequence[Tensor]) -> None:
+    """Raises `BoxError` about a domain of an input that is not there, or that has no gradient to estimate."""
+    for position in box.domains:
+        if position >= len(inputs) or not inputs[position].is_floating_point():
+            found = f"it got {len(inputs)}" if position >= len(inputs) else f"it is {in_words(inputs[position].dtype)}"
+            raise BoxError(
+                f"{box.label} has a domain for input {position}, but {found}",
+                where=box.place,
+                why="a domain says where the probes of a floating input may go",
+                remedy="declare it for the position of a floating input (positions count from 0)",
+            )
+
+
 def rows_of(box: Box, inputs: Sequence[Tensor]) -> int:
     """How many rows the inputs have. Raises `BoxError` where they have none, or differ."""
     rows = None

@@ -8,14 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.runtime.domain import Domain
+from rewriter.runtime.domain import Domain, checked
 from rewriter.runtime.errors import BoxError
 from rewriter.runtime.estimators.arrays import Array as Array
 from rewriter.runtime.estimators.arrays import is_finite
 from rewriter.runtime.evaluator import Answer
 
 from .arrays import NUMPY_DTYPES, TORCH_DTYPES, leave
-from .contract import NO_TENSORS, admitted_dtypes, masked, output_name, refuse_arguments, rows_of
+from .contract import (
+    NO_TENSORS,
+    admitted_dtypes,
+    masked,
+    output_name,
+    refuse_arguments,
+    refuse_surplus_domains,
+    rows_of,
+)
 from .operator import count_rows, evaluate_box, register
 
 NonFinite = Literal["raise", "zero", "keep"]
@@ -164,14 +172,7 @@ class Box(nn.Module, ABC):
         ]
 
     def _declare(self, domains: Mapping[int, Domain]) -> None:
-        for position, domain in domains.items():
-            if not isinstance(domain, Domain):
-                raise BoxError(
-                    f"domains[{position!r}] is {type(domain).__name__}",
-                    where=self.label,
-                    remedy="give a Domain for each position: domains={0: Domain(low=0.0)}",
-                )
-        self.domains = dict(domains)
+        self.domains = checked(domains, self.label)
         self._whole = frozenset(position for position, domain in domains.items() if domain.integer)
 
     def _answer(self, inputs: Sequence[Tensor]) -> Sequence[Array]:
@@ -201,6 +202,7 @@ class Box(nn.Module, ABC):
         """The checked way in, with conversions."""
         wanted = admitted_dtypes(self, inputs)
         rows = rows_of(self, inputs)
+        refuse_surplus_domains(self, inputs)
         arrays = list(map(leave, inputs, wanted))
         return arrays, rows, self._layout_key(arrays)
 

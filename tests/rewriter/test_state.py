@@ -163,7 +163,7 @@ def test_what_was_learnt_for_regions_that_are_gone_is_kept():
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"not json", b"[]", b"{}", b'{"version": 1, "seed": 0, "forward": 0}', b'{"version": 1, "rules": 3}'],
+    [b"", b"not json", b"[]", b"{}", b'{"version": 2, "seed": 0, "forward": 0}', b'{"version": 2, "rules": 3}'],
 )
 def test_a_damaged_state_is_refused(content):
     step = step_of()
@@ -176,9 +176,9 @@ def test_a_damaged_state_is_refused(content):
 
 def test_another_version_is_refused():
     step = step_of()
-    content = json.loads(bytes(step.state_dict()[KEY].tolist())) | {"version": 2}
+    content = json.loads(bytes(step.state_dict()[KEY].tolist())) | {"version": 3}
     damaged = {**step.state_dict(), KEY: torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)}
-    with pytest.raises(RewriteError, match=r"another version[\s\S]*2, not 1"):
+    with pytest.raises(RewriteError, match=r"another version[\s\S]*3, not 2"):
         step.load_state_dict(damaged)
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Treacherous:
             fate = EXIT
         if fate:
             (self.folder / f"met{fate}").touch()
-        elif (np.abs(x).sum() * 1e6) % 1 < 0.25:
+        elif zlib.crc32(x.tobytes()) % 4 == 0:
             fate = RAISE
         return simulate(np.concatenate([[fate], x]))[1:] if fate else np.sin(x)
 

@@ -174,7 +174,7 @@ def test_a_factory_of_executors(function):
     assert torch.equal(box.evaluate(rows(50))[0], rows(50).sin())
     y = box.evaluate(rows(60, HANG=[20], EXIT=[45], RAISE=[59]))[0]
     assert y.isnan().any(1).nonzero()[:, 0].tolist() == [20, 45, 59]
-    assert box.last_failure == "row 20 took longer than 0.5 s (3 of 200 rows failed)"
+    assert box.last_failure == "row 20 took longer than 0.5 s (3 of 60 rows failed)"
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -209,6 +209,7 @@ def test_shared_parameters_keep_their_bounds():
         ({"low": 0.2, "high": 0.8, "integer": True}, "no order"),
         ({"positive": True, "integer": True}, "both"),
         ({"positive": True, "low": -1.0}, "negative bound"),
+        ({"low": "a"}, "no number"),
     ],
 )
 def test_contradictions_are_refused(arguments, message):
@@ -216,9 +217,20 @@ def test_contradictions_are_refused(arguments, message):
         Domain(**arguments)
 
 
-def test_a_domain_of_the_wrong_width_and_no_domain_are_refused():
+def test_a_domain_of_the_wrong_width_is_refused():
     box = CallableBox(np.sin, domains={0: Domain(low=[0.0, 0.0])})
     with pytest.raises(BoxError, match="2 bounds for 3 elements"):
         gradient(BlackBoxRule(box), torch.rand(4, 3), v=torch.ones(4, 3))
-    with pytest.raises(BoxError, match="is tuple"):
-        CallableBox(np.sin, domains={0: (0.0, 1.0)})
+
+
+@pytest.mark.parametrize("domains", [{0: (0.0, 1.0)}, {-1: Domain(low=0.0)}, {"x": Domain(low=0.0)}, [Domain(low=0.0)]])
+def test_what_does_not_say_which_input_has_which_domain(domains):
+    with pytest.raises(BoxError, match="does not say which input"):
+        CallableBox(np.sin, domains=domains)
+
+
+def test_a_domain_of_an_input_that_is_not_there_or_not_floating():
+    with pytest.raises(BoxError, match=r"domain for input 1, but it got 1"):
+        CallableBox(np.sin, domains={1: Domain(low=0.0)})(torch.rand(4, 3))
+    with pytest.raises(BoxError, match=r"domain for input 1, but it is integer"):
+        CallableBox(lambda x, n: x * n, domains={1: Domain(low=0.0)})(torch.rand(4, 3), torch.ones(4, 1).long())
