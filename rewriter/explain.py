@@ -60,6 +60,10 @@ def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
             f"  step size: {facts['step_size']:.3g} of the input scale, {facts['absolute_step']:.3g} in its units; "
             f"the box looks {facts['kind']}"
         )
+        if facts["step_error"] is not None:
+            noise = facts["noise_floor"]
+            floor = "" if noise is None else f"; noise of the outputs {noise:.0e} of their size"
+            lines.append(f"  error of the step: {facts['step_error']:.0e} of a directional derivative{floor}")
         lines.append(
             f"  row cosine: predicted {facts['predicted_cosine']:.2f}, "
             f"measured {'not yet' if measured is None else f'{measured:.2f}'}; left out: {facts['bias']}"

@@ -61,6 +61,7 @@ def test_a_smooth_box():
     assert "the box looks smooth" in text
     assert "row cosine: predicted 0.5" in text
     assert "step bias at" in text
+    assert re.search(r"error of the step: \d+e-\d+ of a directional derivative; noise of the outputs \d+e-\d+ of", text)
     assert "cost: 128 queries per backward" in text
     assert f"spent so far: {step.ledger['part'].queries:,} queries in {step.ledger['part'].calls:,} calls" in text
 
@@ -69,6 +70,7 @@ def test_a_forest():
     _, text = explained(CallableBox(forest), probes=1)
     assert "the box looks piecewise-constant" in text
     assert "smoothing over step" in text
+    assert "error of the step" not in text
     assert "simpler" not in text
 
 
