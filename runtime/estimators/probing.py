@@ -55,21 +55,29 @@ class Probed(Protocol):
         ...
 
 
-class RowProbes:
-    """Values with rows, and shared values repeated per row, perturbed independently in every row."""
+class Probes:
+    """What both layouts share: of `values` those at `positions`, side by side, and the coordinates they move in."""
 
-    def __init__(self, batch: Batch, positions: tuple[int, ...]) -> None:
-        self.batch, self.positions = batch, positions
-        self.outputs, self.cotangents = batch.outputs, batch.cotangents
-        rows, repeated = len(batch.outputs), batch.evaluator.shared if batch.evaluator.repeats_shared else ()
-        self._values = [v[None].repeat(rows, 0) if i in repeated else v for i, v in enumerate(batch.inputs)]
-        self._widths = [math.prod(self._values[i].shape[1:]) for i in positions]
-        self._base = side_by_side([self._values[i] for i in positions], batch.work)
-        self.coordinates, self.base = _entered(batch, positions, self._widths, self._base)
+    def __init__(
+        self,
+        batch: Batch,
+        positions: tuple[int, ...],
+        values: Sequence[Array],
+        outputs: Array,
+        cotangents: Array,
+    ) -> None:
+        self.batch, self.positions, self.outputs, self.cotangents = batch, positions, outputs, cotangents
+        self._widths = [math.prod(values[i].shape[1:]) for i in positions]
+        self._side_by_side = side_by_side([values[i] for i in positions], batch.work)
+        evaluator = batch.evaluator
+        self.coordinates = Coordinates.of(positions, self._widths, evaluator.domains, evaluator.label, batch.work)
+        self.base = self._side_by_side
+        if self.coordinates is not None:
+            self.base = self.coordinates.enter(self._side_by_side, evaluator.label)
 
     def pull_back(self, gradient: Array) -> Array:
         """From the gradient (n, d) in `coordinates` to that of the values."""
-        return gradient if self.coordinates is None else self.coordinates.pull_back(gradient, self._base)
+        return gradient if self.coordinates is None else self.coordinates.pull_back(gradient, self._side_by_side)
 
     @property
     def norms(self) -> Array:
@@ -79,7 +87,17 @@ class RowProbes:
     @property
     def epsilon(self) -> float:
         """As `Probed` says."""
-        return _coarsest(self.batch, self.positions)
+        dtypes = self.batch.evaluator.dtypes(*self.batch.like)
+        return max(torch.finfo(dtypes[i]).eps for i in self.positions)
+
+
+class RowProbes(Probes):
+    """Values with rows, and shared values repeated per row, perturbed independently in every row."""
+
+    def __init__(self, batch: Batch, positions: tuple[int, ...]) -> None:
+        rows, repeated = len(batch.outputs), batch.evaluator.shared if batch.evaluator.repeats_shared else ()
+        self._values = [v[None].repeat(rows, 0) if i in repeated else v for i, v in enumerate(batch.inputs)]
+        super().__init__(batch, positions, self._values, batch.outputs, batch.cotangents)
 
     def directions(self, kind: str, key: Key, count: int) -> Array:
         """As `Probed` says; a live row's numbers do not depend on which others are alive."""
@@ -121,29 +139,12 @@ class RowProbes:
         return RowProbes(self.batch.subset(count), self.positions)
 
 
-class BatchProbes:
+class BatchProbes(Probes):
     """Shared values of fixed shape: one row, whose outputs are those of the whole batch."""
 
     def __init__(self, batch: Batch, positions: tuple[int, ...]) -> None:
-        self.batch, self.positions = batch, positions
-        self.outputs, self.cotangents = batch.outputs.reshape(1, -1), batch.cotangents.reshape(1, -1)
-        self._widths = [batch.inputs[i].size for i in positions]
-        self._base = side_by_side([batch.inputs[i][None] for i in positions], batch.work)
-        self.coordinates, self.base = _entered(batch, positions, self._widths, self._base)
-
-    def pull_back(self, gradient: Array) -> Array:
-        """From the gradient (1, d) in `coordinates` to that of the values."""
-        return gradient if self.coordinates is None else self.coordinates.pull_back(gradient, self._base)
-
-    @property
-    def norms(self) -> Array:
-        """As `Probed` says."""
-        return row_norms(self.cotangents)
-
-    @property
-    def epsilon(self) -> float:
-        """As `Probed` says."""
-        return _coarsest(self.batch, self.positions)
+        whole = [value[None] for value in batch.inputs]
+        super().__init__(batch, positions, whole, batch.outputs.reshape(1, -1), batch.cotangents.reshape(1, -1))
 
     def directions(self, kind: str, key: Key, count: int) -> Array:
         """As `Probed` says; the same on every rank, so that the mean over ranks is along one set of directions."""
@@ -167,16 +168,3 @@ class BatchProbes:
     def sample(self, count: int) -> "BatchProbes":
         """As `Probed` says."""
         return BatchProbes(self.batch.subset(count), self.positions)
-
-
-def _entered(
-    batch: Batch, positions: Sequence[int], widths: Sequence[int], values: Array
-) -> tuple[Coordinates | None, Array]:
-    evaluator = batch.evaluator
-    coordinates = Coordinates.of(positions, widths, evaluator.domains, evaluator.label, batch.work)
-    return coordinates, values if coordinates is None else coordinates.enter(values, evaluator.label)
-
-
-def _coarsest(batch: Batch, positions: Sequence[int]) -> float:
-    dtypes = batch.evaluator.dtypes(*batch.like)
-    return max(torch.finfo(dtypes[i]).eps for i in positions)

@@ -6,24 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from around_a_part import Net
 from torch import nn
 
 from rewriter import BlackBox, CallableBox, Plan, RewriteError, RewriteWarning, rewrite
 
 X = torch.linspace(-1, 1, 15).reshape(5, 3)
-
-
-class Net(nn.Module):
-    """Linear, a part, Linear."""
-
-    def __init__(self, part, outputs=4):
-        super().__init__()
-        self.before = nn.Linear(3, 4)
-        self.part = part
-        self.after = nn.Linear(outputs, 2)
-
-    def forward(self, x):
-        return self.after(self.part(self.before(x)))
 
 
 class Twice(nn.Module):

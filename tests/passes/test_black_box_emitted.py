@@ -5,25 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from around_a_part import Net
 from torch import nn
 
 from rewriter import BlackBox, Box, BoxError, CallableBox, RewriteWarning, rewrite
 
 X = torch.linspace(-1, 1, 15).reshape(5, 3)
 EXACT = {"probes": 4, "step_size": 1e-4, "input_scale": 1.0, "clip": None, "difference": "central"}
-
-
-class Net(nn.Module):
-    """Linear, a part, Linear."""
-
-    def __init__(self, part, outputs=4):
-        super().__init__()
-        self.before = nn.Linear(3, 4)
-        self.part = part
-        self.after = nn.Linear(outputs, 2)
-
-    def forward(self, x):
-        return self.after(self.part(self.before(x)))
 
 
 class Sine(nn.Module):
