@@ -207,8 +207,16 @@ def test_an_executor_lent_to_a_box():
             CallableBox(simulate, per_row=True, executor=processes).evaluate(rows(9, EXIT=[4]))
 
 
-def test_an_interrupt_leaves_no_answers_to_the_next_batch():
-    box = CallableBox(simulate, per_row=True, executor=forked)
+@pytest.fixture
+def interruptible():
+    """A shell starts what runs in the background with interrupts ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_no_answers_to_the_next_batch(interruptible):
+    box = CallableBox(simulate, per_row=True, executor=forked, timeout=60)
     threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         box.evaluate(rows(9, HANG=[4]))
