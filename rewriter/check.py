@@ -19,7 +19,7 @@ from rewriter.runtime.segment import Segment
 from .measure import scalar
 from .shadow import preserved
 from .signature import flatten
-from .standins import StandIn, standing_in
+from .standins import StandIn, standing_in, variant_of
 
 if TYPE_CHECKING:
     from .rewritten import Rewritten
@@ -93,7 +93,7 @@ def check(step: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], target
     if not step.training:
         raise RewriteError("check() needs the training mode", remedy="call step.train() first")
     with torch.enable_grad(), preserved(step.model):
-        variant, _ = step._variant(args, kwargs)
+        variant = variant_of(step, args, kwargs, target)
         segments = {s.region: variant.emitted.segments[s.name] for s in variant.program.segments if s.region}
         boxed = {region.name: holds_box(variant.program.module(region.target)) for region in variant.program.regions}
         with standing_in(step, variant, lambda name, rule: _Spy(rule, segments[name], boxed[name])) as spies:
@@ -149,7 +149,8 @@ class _Spy(StandIn):
         if self.boxed and isinstance(self.rule, BlackBoxRule):
             seen.reference = self.rule.exact(call, taken, cotangents, needed)
             seen.order = remainder_order(self.rule, call, self.rule.inputs(taken), cotangents, seen.reference)
-            seen.kind = self.rule.describe()["kind"]  # as measured now: afterwards that is forgotten
+            kind = self.rule.describe()["kind"]  # as measured now: afterwards that is forgotten
+            seen.kind = "noisy" if self.rule.evaluator.noisy else kind
         else:
             seen.reference = _autograd(self.segment, self.inputs, cotangents, needed)
         return seen.reference
@@ -167,6 +168,8 @@ def _verdict(kind: str, order: float) -> str:
         return (
             f"the box looks {kind}: it has no derivative to test; the reference is the gradient smoothed over the step"
         )
+    if kind == "noisy":
+        return "the box is noisy, which hides the Taylor remainder; the reference has the noise of its own differences"
     if order >= 1.5:
         return f"Taylor remainder of order {order:.1f}: the reference is the derivative of the box"
     return (

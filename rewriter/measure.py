@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from rewriter.runtime.rule import Call, Gradients, Rule, Taken
 
 from .shadow import preserved
 from .signature import flatten
-from .standins import StandIn, standing_in
+from .standins import StandIn, standing_in, variant_of
 
 if TYPE_CHECKING:
     from .rewritten import Rewritten
@@ -61,7 +62,7 @@ def measure(step: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], targ
     if not step.training:
         raise RewriteError("measure() needs the training mode", remedy="call step.train() first")
     with torch.enable_grad(), preserved(step.model):
-        variant, _ = step._variant(args, kwargs)
+        variant = variant_of(step, args, kwargs, target)
         forward = step._clock.forward + 1
         with standing_in(step, variant, lambda name, rule: _Replicated(rule)) as lent:
             loss = step(*args, **kwargs) if target is None else step(*args, target=target, **kwargs)
@@ -78,11 +79,11 @@ def measure(step: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], targ
                 lengths.append(_square(other))
                 noises[name] = _square([a - b for a, b in zip(first, other, strict=True)]) / 2
     length = sum(lengths) / len(lengths)
-    if length == 0:
+    if not 0 < length < math.inf:
         raise RewriteError(
-            "measure() got a gradient that is zero",
-            why="no probe changed an output, or nothing before the regions is trained",
-            remedy="check the model with step.check(...)",
+            f"measure() got a gradient that is {'not finite' if length else 'zero'}",
+            why="the loss is not finite" if length else "no probe changed an output, or nothing is trained before it",
+            remedy="check the model with step.check(...)" if not length else "measure another batch",
         )
     signal = 1 - sum(noises.values()) / length
     for name, noise in noises.items():

@@ -50,6 +50,13 @@ class StandIn:
         self.rule.set_state(state)
 
 
+def variant_of(step: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Variant:
+    """The capture that `step(*args, target=target, **kwargs)` runs: the model may take the target itself."""
+    takes_target = step.loss is not None and step.loss.takes_target
+    given = kwargs if target is None or takes_target else {**kwargs, "target": target}
+    return step._variant(args, given)[0]
+
+
 StandInT = TypeVar("StandInT", bound=StandIn)
 
 

@@ -35,13 +35,14 @@ class _Memory:
     """What a forward leaves for its backward beside tensors.
 
     given: inputs of the region; inputs: those and the seeds drawn for them, the first of the kept tensors; finite: the
-    outputs are known to be finite; settings: once used
+    outputs are known to be finite; settings: once used, by group; counted: rows that failed are in the ledger
     """
 
     given: int
     inputs: int
     finite: bool
     settings: dict[str, Settings] | None = None
+    counted: bool = False
 
 
 _Estimate = Callable[[str, Probed, int], Array]  # group, what to probe, lost rows -> (n, d)
@@ -142,9 +143,7 @@ class BlackBoxRule:
             found, used, failed = self._estimators[group].gradient(
                 probed, call.key.named(group), lost, settings.get(group)
             )
-            if group not in settings:
-                settings[group] = used
-                failed += lost  # of the forward, counted once
+            settings[group] = used
             if failed:
                 self.ledger.add(call.region, failed=failed)
             return found
@@ -188,6 +187,7 @@ class BlackBoxRule:
         """Plain facts for reports; what is not known before the first backward is None."""
         estimator = min(self._estimators.values(), key=lambda candidate: candidate.width is None)
         quality = self.quality
+        asked = [each for each in self._estimators.values() if each.width is not None] or [estimator]
         return {
             "rule": "black-box",
             "box": self.evaluator.label,
@@ -205,7 +205,7 @@ class BlackBoxRule:
             "slope": quality.slope if quality else None,
             "parameter_cosine": quality.parameter_cosine if quality else None,
             "bias": quality.bias if quality else None,
-            "rows_per_backward": estimator.queries_per_row * self._rows or None,
+            "rows_per_backward": sum(each.queries_per_row for each in asked) * self._rows or None,
         }
 
     def get_state(self) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class BlackBoxRule:
             return
         for group, estimator in self._estimators.items():
             estimator.set_state(state[group])
-        self._parameters = ParameterCosine(**state["parameters"])
+        vars(self._parameters).update(state["parameters"])  # in place: rules of other captures share it
 
     def _pull_back(
         self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...], estimate: _Estimate
@@ -254,14 +254,17 @@ class BlackBoxRule:
             self.options.max_rows,
             memory.finite,
         )
+        if rows.lost and not memory.counted:
+            spend(failed=rows.lost)
+            memory.counted = True
         shared = frozenset() if self.evaluator.repeats_shared else self.evaluator.shared
         own = tuple([i for i in wanted if i not in shared])
         if own:
-            found = rows.restore(self._estimate(_ROWS, RowProbes(batch, own), rows, call, estimate))
+            found = rows.restore(self._estimate(_ROWS, RowProbes(batch, own), rows, estimate))
             self._divide(found, own, inputs, gradients)
         if len(own) < len(wanted):
             whole = tuple([i for i in wanted if i in shared])
-            found = self._estimate(_SHARED, BatchProbes(batch, whole), rows, call, estimate)
+            found = self._estimate(_SHARED, BatchProbes(batch, whole), rows, estimate)
             self._divide(np.full_like(found, math.nan) if rows.poisoned else found, whole, inputs, gradients)
         return tuple(gradients)
 
@@ -278,15 +281,11 @@ class BlackBoxRule:
                 total = total.reshape(like.shape)
             gradients[i] = total if total.dtype is like.dtype and like.is_cpu else total.to(like.device, like.dtype)
 
-    def _estimate(
-        self, group: str, probed: RowProbes | BatchProbes, rows: LiveRows, call: Call, estimate: _Estimate
-    ) -> Array:
+    def _estimate(self, group: str, probed: RowProbes | BatchProbes, rows: LiveRows, estimate: _Estimate) -> Array:
         """The group's estimate over the live rows; where none is live, zero."""
         if rows.live:
             return probed.pull_back(estimate(group, probed, rows.lost))
         self._estimators[group].check_failures(rows.lost, rows.lost)
-        if rows.lost:
-            self.ledger.add(call.region, failed=rows.lost)
         return np.zeros_like(probed.base)
 
 

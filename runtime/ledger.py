@@ -12,7 +12,8 @@ class Counts:
 
     capture: rows the box evaluated while the model was captured and proven, apart from all that follows;
     calls: calls of the box; forward, probes, step_size, quality, check: queries (rows evaluated by the box) by purpose;
-    failed: queries among them that came back non-finite; forwards: extra forwards of differentiable parts; vjps
+    failed: queries among them that came back non-finite, of probes of a whole batch all its rows;
+    forwards: extra forwards of differentiable parts; vjps
     """
 
     capture: int = 0

@@ -47,7 +47,7 @@ def register(box: "Box") -> int:
 
 
 def evaluate_box(handle: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Evaluate the box behind `handle`: what `Box.finish` makes of its outputs. Raises `BoxError`."""
+    """Evaluate the box behind `handle`: what `Box.answer` returns. Raises `BoxError`."""
     if not torch.compiler.is_compiling() and _are_plain(inputs):
         return _run_taped(handle, inputs)
     outputs: list[Tensor] = _OPERATOR(handle, inputs)

@@ -185,7 +185,7 @@ class Task:
     def _cut(self, arrays: Sequence[Array], start: int, stop: int) -> list[Array]:
         """Views that cannot be written: the memory may be the caller's tensors."""
         parts = [
-            array[:] if i in self.shared and not self.per_row else array[start:stop] for i, array in enumerate(arrays)
+            array[...] if i in self.shared and not self.per_row else array[start:stop] for i, array in enumerate(arrays)
         ]
         for part in parts:
             part.flags.writeable = False

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,11 @@ class Coordinates:
         low, high, logarithmic, integer = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Coordinates(low.astype(dtype), high.astype(dtype), logarithmic, integer)
 
-    def enter(self, values: Array, where: str) -> Array:
-        """The coordinates of values (n, d). Raises RewriteError where they lie outside the domain."""
+    def enter(self, values: Array, rounding: float, where: str) -> tuple["Coordinates", Array]:
+        """The coordinates of values (n, d), with bounds that hold them. Raises RewriteError outside the domain.
+
+        rounding: of the values, relative. A float32 clamped to .1 may be 1e-9 beyond .1: the bound is then where it is.
+        """
         entered = values
         if self.logarithmic.any():
             positive = values[:, self.logarithmic]
@@ -60,18 +63,26 @@ class Coordinates:
                 )
             entered = values.copy()
             entered[:, self.logarithmic] = np.log(positive)
-        rounding = _HALF_A_UNIT * self.integer
-        if ((entered < self.low - rounding) | (entered > self.high + rounding)).any():
-            below = (entered < self.low - rounding).any(0)
-            element = int(np.argmax(below | (entered > self.high + rounding).any(0)))
-            found = values[:, element]
+        if not ((entered < self.low) | (entered > self.high)).any():
+            return self, entered
+        self._refuse_outside(entered, values, rounding, where)
+        low, high = np.minimum(self.low, entered.min(0)), np.maximum(self.high, entered.max(0))
+        low, high = np.where(self.integer, self.low, low), np.where(self.integer, self.high, high)
+        return replace(self, low=low, high=high), entered
+
+    def _refuse_outside(self, entered: Array, values: Array, rounding: float, where: str) -> None:
+        """Raises RewriteError where more than rounding, to whole numbers or of the dtype, has led out of bounds."""
+        slack = [rounding * (np.abs(bound) + self.logarithmic) for bound in (self.low, self.high)]
+        below, above = (np.where(self.integer, _HALF_A_UNIT, each) for each in slack)
+        outside = ((entered < self.low - below) | (entered > self.high + above)).any(0)
+        if outside.any():
+            found = values[:, int(np.argmax(outside))]
             raise RewriteError(
                 "an input lies outside its declared domain",
                 where=where,
-                why=f"element {element} of a row reaches {found.min():.6g} .. {found.max():.6g}",
+                why=f"element {int(np.argmax(outside))} of a row reaches {found.min():.6g} .. {found.max():.6g}",
                 remedy="keep it inside before the box (sigmoid, clamp), or declare the domain that the box really has",
             )
-        return entered
 
     def leave(self, points: Array) -> Array:
         """The values at points (n, k, d), none of them outside the domain."""
@@ -87,10 +98,19 @@ class Coordinates:
         pulled: Array = gradient / np.where(self.logarithmic, values, values.dtype.type(1))
         return pulled
 
+    @property
+    def mixed(self) -> bool:
+        """Whether whole numbers lie beside others: what a small step of the others changes drowns in their jumps."""
+        return bool(self.integer.any() and not self.integer.all())
+
     def spread(self, spread: Array, step: float) -> Array:
-        """The units (d,) to use with a step: at least half a unit for integers, within half a range for the others."""
+        """The units (d,) to use with a step: at least half a unit for integers, within half a range for the others.
+
+        Beside others, where probes follow coordinates, integers move by at least one, which rounding keeps.
+        """
+        least = 1 / math.sqrt(len(self.low)) if self.mixed else _HALF_A_UNIT
         reach = (self.high - self.low) / (_RANGE_PER_MOVE * step * self._farthest("orthogonal"))
-        within: Array = np.where(self.integer, np.maximum(spread, _HALF_A_UNIT / step), np.minimum(spread, reach))
+        within: Array = np.where(self.integer, np.maximum(spread, least / step), np.minimum(spread, reach))
         return within.astype(spread.dtype)
 
     def near(self, base: Array, moved: Array, kind: str) -> Array:

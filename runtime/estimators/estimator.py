@@ -59,7 +59,8 @@ class Estimator:
         measuring = frozen is None and self.tracker.due
         slopes = self._probe(probed, key, spread, step_size, measuring)
         lost = lost_rows * self.queries_per_row  # queries that could not be made
-        share = self.check_failures(slopes.failed + lost, slopes.queries + lost)
+        failed = slopes.failed * probed.rows_per_query
+        share = self.check_failures(failed + lost, slopes.queries * probed.rows_per_query + lost)
         main = slopes.first(slopes.values.shape[1] - 1) if measuring else slopes
         estimate = self._reconstruct(main)
         if measuring:
@@ -73,7 +74,7 @@ class Estimator:
             estimate, clipped = self.clip.apply(estimate, probed.norms, ratio)
         if frozen is None:
             self._observe(slopes, clipped, share)
-        return estimate, frozen or Settings(spread, step_size, ratio), slopes.failed
+        return estimate, frozen or Settings(spread, step_size, ratio), failed
 
     def exact(self, probed: Probed, key: Key) -> Array:
         """Estimate (n, d) from every coordinate at the current step, without clip; changes no running statistic."""
@@ -85,7 +86,7 @@ class Estimator:
             step_size, spread = self._settle(probed, key)
         directions = probed.directions("coordinate", key, probed.base.shape[1])
         slopes = self._differences(probed, directions, spread, step_size, want_changed=False, check=directions.shape[1])
-        return average(slopes.directions, slopes.values, slopes.usable) / spread
+        return average(slopes.directions, slopes.values, None) / spread  # a coordinate that failed is zero
 
     def check_failures(self, failed: int, queries: int) -> float:
         """The share of failed queries. Raises RewriteError where it exceeds `max_failed`."""
@@ -166,9 +167,11 @@ class Estimator:
         """Directions (n, count, d); a row that one of them might lead out of bounds goes along coordinates instead.
 
         A coordinate is still itself when it is turned inward. Of any other direction, turning an element inward gives
-        that element a mean, and two such elements leak into each other.
+        that element a mean, and two such elements leak into each other. So do the jumps of whole numbers into others.
         """
         kind = self.options.directions
+        if probed.coordinates is not None and probed.coordinates.mixed:
+            return probed.directions("coordinate", key, count)
         directions = probed.directions(kind, key, count)
         if probed.coordinates is None or self._central or kind == "coordinate":
             return directions
@@ -177,14 +180,7 @@ class Estimator:
             return directions
         return np.where(near[:, None, None], probed.directions("coordinate", key.named("near"), count), directions)
 
-    def _differences(
-        self,
-        probed: Probed,
-        directions: Array,
-        spread: Array,
-        step_size: float,
-        **how: Any,
-    ) -> Slopes:
+    def _differences(self, probed: Probed, directions: Array, spread: Array, step_size: float, **how: Any) -> Slopes:
         differences = central_slopes if self._central else forward_slopes
         return differences(probed, directions, spread, step_size, **how)
 

@@ -39,6 +39,11 @@ class Probed(Protocol):
         """Coarsest rounding of the dtypes the values are evaluated in."""
         ...
 
+    @property
+    def rows_per_query(self) -> int:
+        """Rows of the batch that share the fate of one query, and that the ledger counts for it."""
+        ...
+
     def directions(self, kind: str, key: Key, count: int) -> Array:
         """(n, count, d), each row's own."""
         ...
@@ -73,7 +78,8 @@ class Probes:
         self.coordinates = Coordinates.of(positions, self._widths, evaluator.domains, evaluator.label, batch.work)
         self.base = self._side_by_side
         if self.coordinates is not None:
-            self.base = self.coordinates.enter(self._side_by_side, evaluator.label)
+            rounding = max(torch.finfo(batch.like[i].dtype).eps for i in positions)
+            self.coordinates, self.base = self.coordinates.enter(self._side_by_side, rounding, evaluator.label)
 
     def pull_back(self, gradient: Array) -> Array:
         """From the gradient (n, d) in `coordinates` to that of the values."""
@@ -93,6 +99,8 @@ class Probes:
 
 class RowProbes(Probes):
     """Values with rows, and shared values repeated per row, perturbed independently in every row."""
+
+    rows_per_query = 1
 
     def __init__(self, batch: Batch, positions: tuple[int, ...]) -> None:
         rows, repeated = len(batch.outputs), batch.evaluator.shared if batch.evaluator.repeats_shared else ()
@@ -145,6 +153,11 @@ class BatchProbes(Probes):
     def __init__(self, batch: Batch, positions: tuple[int, ...]) -> None:
         whole = [value[None] for value in batch.inputs]
         super().__init__(batch, positions, whole, batch.outputs.reshape(1, -1), batch.cotangents.reshape(1, -1))
+
+    @property
+    def rows_per_query(self) -> int:
+        """As `Probed` says: a row that fails spoils the sum over all."""
+        return len(self.batch.outputs)
 
     def directions(self, kind: str, key: Key, count: int) -> Array:
         """As `Probed` says; the same on every rank, so that the mean over ranks is along one set of directions."""

@@ -47,10 +47,12 @@ class InputScale:
             return
         mean = base.mean(0, dtype=np.float64)
         variance = base.var(0, dtype=np.float64)
+        if not np.isfinite(mean + variance).all():  # such a row must not spoil the statistics of all later ones
+            if self._units is None or self._units.shape != mean.shape:
+                self._units = np.ones_like(mean)
+            return
         if self._mean is None or self._variance is None or self._mean.shape != mean.shape:
             self._mean, self._variance, self._age = mean, variance, 0
-        elif not np.isfinite(mean + variance).all():
-            return  # a row beyond the range of its dtype must not spoil the statistics of all later ones
         else:
             decay = _DECAY if self._age <= _EVERY else _DECAY**_EVERY
             shift = mean - self._mean

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from exact_entry import Exact, Wrong
 from torch import nn
 
-from rewriter import BlackBox, CallableBox, RewriteError, rewrite
+from rewriter import BlackBox, CallableBox, Domain, RewriteError, rewrite
+from rewriter.runtime.black_box import BlackBoxRule
 
 
 class Net(nn.Module):
@@ -75,6 +76,14 @@ def test_a_noisy_box_is_told():
         input_scale=1.0,
     ).check(X, target=Y)
     assert "NOT the derivative" in report.regions[0].verdict or "looks rough" in report.regions[0].verdict
+
+
+def test_a_box_declared_noisy_is_not_blamed_for_it():
+    generator = np.random.default_rng(0)
+    box = CallableBox(lambda x: np.sin(x) + 0.01 * generator.standard_normal(x.shape), noisy=True)
+    (region,) = step_of(box, probes=8).check(X, target=Y).regions
+    assert region.inputs.cosine > 0.9
+    assert "the box is noisy" in region.verdict
 
 
 def test_an_ordinary_module_is_compared_with_autograd():
@@ -147,6 +156,82 @@ def test_it_leaves_no_trace(when, function):
     assert two.ledger["part"].check > 0
 
 
+class Decay(nn.Module):
+    """Rows and the box's own parameters, either of which may be trained."""
+
+    def __init__(self, trained, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before = nn.Linear(3, 3).requires_grad_(trained)
+        self.rates = nn.Parameter(torch.tensor([0.5, 1.0, 2.0]))
+        self.box = CallableBox(decay, shared=[1], **options)
+
+    def forward(self, x):
+        return self.box(self.before(x).sigmoid(), self.rates)
+
+
+def decay(x, rates):
+    return np.exp(-x * rates)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_parameters_of_a_simulator(trained, per_row):
+    step = rewrite(Decay(trained, per_row=per_row), BlackBox("box", probes=6), loss=F.cross_entropy)
+    report = step.check(X, target=Y)
+    assert report.regions[0].inputs.cosine > 0.999
+    assert report.regions[0].order > 1.5
+    assert report.parameters.slope == pytest.approx(1, abs=0.01)
+
+
+def test_a_wrong_gradient_of_a_shared_input_is_seen(monkeypatch):
+    exact = BlackBoxRule.exact
+    monkeypatch.setattr(BlackBoxRule, "exact", lambda *given: tuple(g if g is None else 1.5 * g for g in exact(*given)))
+    report = rewrite(Decay(False), BlackBox("box", probes=3), loss=F.cross_entropy).check(X, target=Y)
+    assert "NOT the derivative" in report.regions[0].verdict
+
+
+def test_whole_numbers_beside_others_are_not_asked_for_a_derivative():
+    class Counted(Net):
+        def forward(self, x):
+            y = self.before(x)
+            return self.after(self.part(y[:, :4], y[:, 4:] * 3))
+
+    def part(x, n):
+        return np.concatenate((np.sin(x) * n, n), 1)
+
+    report = rewrite(
+        Counted(CallableBox(part, domains={1: Domain(integer=True)})), BlackBox("part", probes=8), loss=F.cross_entropy
+    ).check(X, target=Y)
+    assert report.regions[0].inputs.cosine > 0.999
+    assert report.regions[0].order > 1.5
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_that_fail_do_not_disturb_the_verdict(trained):
+    def failing(x, rates):
+        y = decay(x, rates)
+        y[x[:, 0] == lost] = np.nan
+        return y
+
+    model = Decay(trained, nonfinite="zero")
+    model.box.function = failing
+    model.box._employ()
+    lost = model.before(X)[3].sigmoid()[0].item()
+    report = rewrite(model, BlackBox("box", probes=3), loss=F.cross_entropy).check(X, target=Y)
+    assert report.regions[0].order > 1.5
+
+
+def test_a_model_that_takes_the_target_itself():
+    class Own(Net):
+        def forward(self, x, target):
+            return {"loss": F.cross_entropy(super().forward(x), target)}
+
+    step = rewrite(Own(CallableBox(np.sin)), BlackBox("part", probes=8), loss=lambda output: output["loss"])
+    assert step.check(X, target=Y).regions[0].inputs.cosine > 0.999
+    assert step.measure(X, target=Y).regions["part"] > 0.999
+
+
 def test_gradients_random_state_and_flags_are_left_alone():
     step = step_of(CallableBox(np.sin), dropout=0.3, probes=2)
     state = copy.deepcopy(step.state_dict())
@@ -179,6 +264,8 @@ def test_what_cannot_be_checked_is_refused():
     with pytest.raises(RewriteError, match=r"training mode[\s\S]*step\.train\(\)"):
         step.check(X, target=Y)
     step.train()
+    with pytest.raises(RewriteError, match="a batch without rows"):
+        step.check(X[:0], target=Y[:0])
     step.requires_grad_(False)
     with pytest.raises(RewriteError, match="nothing to differentiate"):
         step.check(X, target=Y)

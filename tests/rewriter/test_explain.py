@@ -86,13 +86,17 @@ def test_an_ordinary_module():
     assert "simpler: this is an ordinary module; without the entry its gradient is exact and costs no probes" in text
 
 
-def test_other_rules_opaque_parts_and_notes_are_named():
+def test_other_rules_and_parts_that_stay_whole_are_named():
+    class Branching(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if torch.rand(()) < 2 else x
+
     model = Net(nn.Tanh())
-    model.after.register_forward_hook(lambda module, inputs, output: output)
-    model.before.bias = None
     text = rewrite(model, Exact("part"), example=(X,)).explain()
     assert "part: exact (Exact('part'))" in text
-    assert "  after stays whole: has hooks" in text or "after" not in text
+    assert "stays whole" not in text
+    model.after = Branching(8, 2)
+    assert "  after stays whole: " in rewrite(model, Exact("part"), example=(X,)).explain()
 
 
 def test_after_a_checkpoint_before_the_first_backward():
@@ -113,3 +117,21 @@ def test_text_is_one_of_the_latest_capture():
     step.double()
     step(X.double())
     assert "float64[64, 8]" in step.explain()
+
+
+def test_the_cost_is_that_of_rows_and_shared_inputs_together():
+    class Calibrated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.rates = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+            self.box = CallableBox(lambda x, rates: np.exp(-x * rates), shared=[1])
+
+        def forward(self, x):
+            return self.box(self.before(x).sigmoid(), self.rates)
+
+    step = rewrite(Calibrated(), BlackBox("box", probes=2), example=(X,))
+    for _ in range(2):
+        before = step.ledger["box"].probes
+        step(X).sum().backward()
+    assert f"cost: {step.ledger['box'].probes - before:,} queries per backward" in step.explain()
+    assert step.ledger["box"].probes - before == 2 * 2 * 64

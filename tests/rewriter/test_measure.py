@@ -158,3 +158,31 @@ def test_what_measures_nothing_is_an_error():
         parameter.requires_grad_(False)
     with pytest.raises(RewriteError, match="nothing to differentiate"):
         step.measure(torch.randn(4, 20), target=torch.zeros(4, 3))
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_forgotten():
+    step, _ = pair("mlp")
+    x, y = torch.randn(8, 20), torch.zeros(8, 3)
+    step(x, target=y).backward()
+    measured = step.measure(x, target=y).cosine
+    with pytest.raises(RewriteError, match="not finite"):
+        step.measure(x, target=y * float("nan"))
+    assert step.quality["box"].parameter_cosine == pytest.approx(measured)
+
+
+def test_all_captures_share_the_running_parameter_cosine():
+    class Optional(Net):
+        def forward(self, x, factor=None):
+            y = super().forward(x)
+            return y if factor is None else y * factor
+
+    step = rewrite(Optional(CallableBox(mlp), 8), Plan([BlackBox("box")]))
+    x, factor = torch.randn(8, 20), torch.ones(3)
+    step(x).sum().backward()
+    step(x, factor).sum().backward()
+    first = step.measure(x).cosine
+    step(x).sum().backward()
+    second = step.measure(2 * x, factor).cosine
+    assert first != second
+    between = sorted((first, second))
+    assert between[0] < step.quality["box"].parameter_cosine < between[1]

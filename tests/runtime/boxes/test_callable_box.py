@@ -166,6 +166,13 @@ def test_names() -> None:
     assert "float64" in CallableBox(square).describe_inputs()
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_shared_number(per_row: bool) -> None:
+    """Without dimensions: a scalar parameter."""
+    box = CallableBox(lambda x, rate: x * rate, per_row=per_row, shared=[1])
+    assert torch.equal(box(torch.arange(6.0).reshape(3, 2), torch.tensor(2.0)), 2 * torch.arange(6.0).reshape(3, 2))
+
+
 def test_unknown_options() -> None:
     wrong: list[dict[str, Any]] = [
         {"nonfinite": "drop"},

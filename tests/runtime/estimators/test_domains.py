@@ -161,6 +161,20 @@ def test_an_input_outside_its_bounds_is_an_error():
     assert "element 1 of a row reaches 0 .. 1.5" in str(found.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("domain", [Domain(low=0.7, high=1.1), Domain(low=0.7, high=1.1, positive=True)])
+def test_a_bound_that_the_dtype_of_the_input_rounds_is_where_the_input_is(domain, dtype):
+    """A box that computes in doubles sees that the nearest float32 and bfloat16 of both bounds lie outside."""
+    x = torch.tensor([[0.1, 0.9, 2.0]], dtype=dtype).clamp(0.7, 1.1)
+    assert x[0, 0].item() < 0.7 < 1.1 < x[0, 2].item()
+    box = Watched(np.square, {0: domain})
+    (found,) = gradient(BlackBoxRule(box, probes=3), x, v=torch.ones(1, 3))
+    assert torch.allclose(found, 2 * x, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3)
+    assert (min(box.seen), max(box.seen)) == pytest.approx((x.min().item(), x.max().item()), rel=1e-12)
+    with pytest.raises(RewriteError, match="outside its declared domain"):
+        gradient(BlackBoxRule(box, probes=3), x + 0.02, v=torch.ones(1, 3))
+
+
 @pytest.mark.parametrize("x", [2.0, 2.3, 2.5])
 def test_whole_numbers_get_the_gradient_of_the_smoothed_box(x):
     """For normal z, d/dx E[round(x + h z)] = 1 + 2 sum_k exp(-2 (pi h k)^2) cos(2 pi k (x - 1/2)) (Poisson)."""
@@ -181,6 +195,44 @@ def test_without_the_declaration_a_small_step_sees_nothing():
     with pytest.warns(UserWarning, match="no probe changed"):
         (found,) = gradient(rule, torch.full((9, 1), 2.0, dtype=torch.float64), v=torch.ones(9, 1, dtype=torch.float64))
     assert not found.any()
+
+
+TANK = {0: Domain(low=0.0, high=1.0), 1: Domain(positive=True), 2: Domain(integer=True, low=0, high=9)}
+
+
+def tank(level, rate, pumps):
+    return np.stack((np.sin(level[:, 0]) * pumps[:, 0], np.log(rate[:, 0]) + level[:, 1], 2 * pumps[:, 1]), 1)
+
+
+def tank_inputs(rows):
+    random = torch.Generator().manual_seed(0)
+    level, rate = torch.rand(2, rows, 2, generator=random, dtype=torch.float64)
+    pumps = torch.randint(0, 10, (rows, 2), generator=random).double()
+    pulled = torch.ones(rows, 3, dtype=torch.float64)
+    whole = torch.stack((level[:, 0].sin(), torch.full((rows,), 2.0)), 1)
+    smooth = torch.stack((level[:, 0].cos() * pumps[:, 0], torch.ones(rows)), 1)
+    return (level, rate + 0.1, pumps), pulled, (smooth, torch.stack((1 / (rate[:, 0] + 0.1), 0 * rate[:, 1]), 1), whole)
+
+
+@pytest.mark.parametrize("difference", ["forward", "central"])
+@pytest.mark.parametrize("directions", ["orthogonal", "gaussian", "coordinate"])
+def test_the_jumps_of_whole_numbers_do_not_leak_into_others(directions, difference):
+    """At the step that the smooth inputs get, a probe of all at once would drown their share in that of the jumps."""
+    inputs, v, expected = tank_inputs(64)
+    rule = BlackBoxRule(CallableBox(tank, domains=TANK), probes=6, directions=directions, difference=difference)
+    found = gradient(rule, *inputs, v=v)
+    assert rule.describe()["kind"] == "smooth"
+    for mine, true in zip(found, expected, strict=True):
+        assert torch.allclose(mine, true, atol=1e-3, rtol=1e-3)
+
+
+def test_beside_whole_numbers_few_probes_are_unbiased_with_the_error_of_coordinates():
+    inputs, v, expected = tank_inputs(1)
+    inputs, v = tuple(value.expand(4000, -1) for value in inputs), v.expand(4000, -1)
+    found = torch.cat(gradient(BlackBoxRule(CallableBox(tank, domains=TANK), probes=2), *inputs, v=v), 1)
+    true = torch.cat(expected, 1)
+    assert slope(found, true.expand(4000, -1)) == pytest.approx(1.0, abs=0.05)
+    assert relative_error(found, true.expand(4000, -1)) == pytest.approx(6 / 2 - 1, rel=0.1)
 
 
 def test_shared_parameters_keep_their_bounds():
