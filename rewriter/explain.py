@@ -63,7 +63,9 @@ def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
         if facts["step_error"] is not None:
             noise = facts["noise_floor"]
             floor = "" if noise is None else f"; noise of the outputs {noise:.0e} of their size"
-            lines.append(f"  error of the step: {facts['step_error']:.0e} of a directional derivative{floor}")
+            power = facts["step_order"]
+            order = "" if power is None else f"; grows with power {power:.1f} of larger steps"
+            lines.append(f"  error of the step: {facts['step_error']:.0e} of a directional derivative{floor}{order}")
         lines.append(
             f"  row cosine: predicted {facts['predicted_cosine']:.2f}, "
             f"measured {'not yet' if measured is None else f'{measured:.2f}'}; left out: {facts['bias']}"

@@ -199,6 +199,7 @@ class BlackBoxRule:
             "step_size": estimator.step.value if estimator.width is not None else None,
             "absolute_step": estimator.absolute_step if estimator.width is not None else None,
             "step_error": estimator.step.error,
+            "step_order": estimator.step.order,
             "noise_floor": estimator.step.noise_floor,
             "predicted_cosine": quality.predicted_cosine if quality else None,
             "measured_cosine": quality.measured_cosine if quality else None,

@@ -58,7 +58,7 @@ class Settings:
 
 
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         _refuse(name, value, "a whole number from 1")
 
 

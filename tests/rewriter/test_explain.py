@@ -62,6 +62,7 @@ def test_a_smooth_box():
     assert "row cosine: predicted 0.5" in text
     assert "step bias at" in text
     assert re.search(r"error of the step: \d+e-\d+ of a directional derivative; noise of the outputs \d+e-\d+ of", text)
+    assert re.search(r"grows with power [12]\.\d of larger steps", text)
     assert "cost: 128 queries per backward" in text
     assert f"spent so far: {step.ledger['part'].queries:,} queries in {step.ledger['part'].calls:,} calls" in text
 
