@@ -16,7 +16,7 @@ class Slopes:
     values: (n, k) derivative of cotangent . box along each direction, zero where unusable
     usable: (n, k) bool, None where every one is
     changed: (n, k) bool, whether a probe changed any output; None where nobody asked and some slope is not zero
-    failed, queries: number of queries that came back non-finite, and of all
+    failed, queries: number of rows evaluated that came back non-finite, and of all
     directions: (n, k, d) along which they are
     """
 
@@ -62,7 +62,7 @@ def forward_slopes(
         if turned is not None:
             directions = np.where(turned, -directions, directions)
     change = probed.evaluate(offsets + probed.base[:, None], counted, **purposes) - probed.outputs[:, None]
-    return _contract(change, probed.cotangents, length, want_changed, directions, counted)
+    return _contract(probed, change, length, want_changed, directions, counted)
 
 
 def central_slopes(
@@ -88,14 +88,16 @@ def central_slopes(
     both = None if counted is None else np.concatenate((counted, counted), 1)
     outputs = probed.evaluate(points, both, **{purpose: 2 * amount for purpose, amount in purposes.items()})
     plus, minus, middle = outputs[:, :count], outputs[:, count:], probed.outputs[:, None]
-    slopes = _contract(plus - minus, probed.cotangents, 2 * length, want_changed, directions, counted)
+    slopes = _contract(probed, plus - minus, 2 * length, want_changed, directions, counted)
     slopes.queries *= 2
-    if slopes.usable is None or slopes.failed == 0:
+    if slopes.failed == 0:
         return slopes
     at_base = (centre == base).all(2)
-    upper = _contract(plus - middle, probed.cotangents, length, True, directions, counted)
-    lower = _contract(middle - minus, probed.cotangents, length, True, directions, counted)
+    upper = _contract(probed, plus - middle, length, True, directions, counted)
+    lower = _contract(probed, middle - minus, length, True, directions, counted)
     slopes.failed = upper.failed + lower.failed
+    if slopes.usable is None:  # of every probe some rows are left
+        return slopes
     for side in (upper, lower):
         assert slopes.changed is not None
         assert side.changed is not None
@@ -115,20 +117,42 @@ def _offsets(directions: Array, spread: Array, length: float) -> Array:
 
 
 def _contract(
-    change: Array, cotangents: Array, length: float, want_changed: bool, directions: Array, counted: Array | None
+    probed: Probed, change: Array, length: float, want_changed: bool, directions: Array, counted: Array | None
 ) -> Slopes:
-    values = np.einsum("nkm,nm->nk", change, cotangents)
+    values = np.einsum("nkm,nm->nk", change, probed.cotangents)
     values *= values.dtype.type(1 / length)
     size = float(np.vdot(values, values))  # neither zero nor infinite: the common case
     usable = None
+    queries = (values.size if counted is None else int(np.count_nonzero(counted))) * probed.rows_per_query
+    failed = 0
     if not math.isfinite(size) and not np.isfinite(values).all():
-        usable = np.isfinite(values)
-        values = np.where(usable, values, values.dtype.type(0))
+        if probed.rows_per_query > 1:
+            values, usable, failed = _without_lost_rows(probed, change, length)
+        else:
+            usable = np.isfinite(values)
+            values = np.where(usable, values, values.dtype.type(0))
+            failed = queries - int(np.count_nonzero(usable))
     changed = None
     if want_changed or usable is not None or size == 0:
         # a product with ones: numpy is slow at reducing many short rows
-        changed = np.abs(change) @ np.ones(change.shape[2], change.dtype) > 0
+        moved = np.abs(change) if failed == 0 else np.nan_to_num(np.abs(change))
+        changed = moved @ np.ones(change.shape[2], change.dtype) > 0
         changed = changed if usable is None else changed & usable
-    queries = values.size if counted is None else int(np.count_nonzero(counted))
-    failed = 0 if usable is None else queries - int(np.count_nonzero(usable))
     return Slopes(values, usable, changed, failed, queries, directions)
+
+
+def _without_lost_rows(probed: Probed, change: Array, length: float) -> tuple[Array, Array | None, int]:
+    """Values (1, k) of probes of a whole batch in which rows are lost, usable (1, k), and how many were lost.
+
+    A row counts for as many probes as it was lost in fewer, as if each row were averaged on its own.
+    """
+    rows, count = probed.rows_per_query, change.shape[1]
+    parts = np.einsum(
+        "krm,rm->kr", change.reshape(count, rows, -1), probed.cotangents.reshape(rows, -1), dtype=np.float64
+    )
+    sound = np.isfinite(parts)
+    usable = sound.any(1)
+    share = sound[usable].mean(0) if usable.any() else np.ones(rows)
+    values = (np.where(sound, parts, 0.0) / np.where(share > 0, share, 1.0)).sum(1) / length
+    lost = sound.size - int(np.count_nonzero(sound))
+    return values.astype(change.dtype)[None], None if usable.all() else usable[None], lost

@@ -59,8 +59,7 @@ class Estimator:
         measuring = frozen is None and self.tracker.due
         slopes = self._probe(probed, key, spread, step_size, measuring)
         lost = lost_rows * self.queries_per_row  # queries that could not be made
-        failed = slopes.failed * probed.rows_per_query
-        share = self.check_failures(failed + lost, slopes.queries * probed.rows_per_query + lost)
+        share = self.check_failures(slopes.failed + lost, slopes.queries + lost)
         main = slopes.first(slopes.values.shape[1] - 1) if measuring else slopes
         estimate = self._reconstruct(main)
         if measuring:
@@ -74,7 +73,7 @@ class Estimator:
             estimate, clipped = self.clip.apply(estimate, probed.norms, ratio)
         if frozen is None:
             self._observe(slopes, clipped, share)
-        return estimate, frozen or Settings(spread, step_size, ratio), failed
+        return estimate, frozen or Settings(spread, step_size, ratio), slopes.failed
 
     def exact(self, probed: Probed, key: Key) -> Array:
         """Estimate (n, d) from every coordinate at the current step, without clip; changes no running statistic."""

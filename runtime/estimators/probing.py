@@ -41,7 +41,7 @@ class Probed(Protocol):
 
     @property
     def rows_per_query(self) -> int:
-        """Rows of the batch that share the fate of one query, and that the ledger counts for it."""
+        """Rows of the batch that one query evaluates."""
         ...
 
     def directions(self, kind: str, key: Key, count: int) -> Array:
