@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,21 +92,21 @@ def alike(stream: Stream, call: Sequence[int], earlier: Sequence[int]) -> dict[i
 
     The earlier call may do more: what nobody reads of the last call is not in the graph.
     """
-    rest = iter(earlier)
+    rest, inside, before = iter(earlier), set(call), set(earlier)
     found: dict[int, int] = {}
     for index in call:
-        doing = _doing(stream, index)
-        twin = next((other for other in rest if _doing(stream, other) == doing), None)
+        doing = _doing(stream, index, inside)
+        twin = next((other for other in rest if _doing(stream, other, before) == doing), None)
         if twin is None:
             return None
         found[index] = twin
     return found
 
 
-def _doing(stream: Stream, index: int) -> tuple[Any, ...]:
+def _doing(stream: Stream, index: int, call: AbstractSet[int]) -> tuple[Any, ...]:
     """An operation, and what was made of parameters for it: a weight and its transpose are not used alike."""
-    made = (operation(stream, source) for source in stream.inputs[index] if stream.fixed[source])
-    return (operation(stream, index), *made)
+    made = (source for source in stream.inputs[index] if stream.fixed[source] and source not in call)
+    return (operation(stream, index), *(operation(stream, source) for source in made if stream.parameters(source)))
 
 
 def _dependences(stream: Stream, groups: list[Calls]) -> list[int]:

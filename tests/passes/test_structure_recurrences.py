@@ -289,3 +289,16 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("model", [Attentive, Siamese, OneNorm, Tied])
 def test_what_is_no_recurrence(model):
     assert analyse(program_of(model(), sequence())).recurrences == ()
+
+
+def test_a_loop_may_start_from_a_constant():
+    class Zeros(Loop):
+        def forward(self, x):
+            h = torch.zeros(1, WIDTH)
+            for t in range(T):
+                h = self.step(self, x[:, t], h)
+            return h
+
+    program = program_of(Zeros(call, cell=HandCell()), sequence())
+    (found,) = analyse(program).recurrences
+    assert (found.steps, [program.node(name).op for name in found.initial]) == (T, ["get_attr"])
