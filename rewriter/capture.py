@@ -6,9 +6,10 @@ import inspect
 import logging
 import operator
 import re
+import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from .shadow import prove as prove_graph
 from .signature import Tree, flatten, tree_of_call
 from .traced import Traced, UnfitError, describe
 from .tracer import CaptureTracer
+from .untouched import DRAWS
 
 if TYPE_CHECKING:
     from .exporter import Sizes
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rewriter")
 
 _MOSTLY = 0.5
+_WRONG = "its graph was wrong"
 _FX, _FX_FIXED, _EXPORT = "fx", "fx with fixed sizes", "export"
 
 
@@ -85,11 +88,30 @@ def capture(
     the random states are left as they were. Raises RewriteError naming the submodule and every front end's reason.
     """
     start = time.perf_counter()
-    attempt = _Attempt(model, args, kwargs, leaves, sizes, prove)
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user's forward warns again when it runs for real
-        found = attempt.first_that_holds()
+        found = _undisturbed(lambda: _Attempt(model, args, kwargs, leaves, sizes, prove))
     found.seconds = time.perf_counter() - start
+    return found
+
+
+def _undisturbed(attempt: Callable[[], _Attempt]) -> Capture:
+    """The first attempt during which nobody moved the random states, or the last of several.
+
+    They belong to the process: a thread that draws while another captures looks like a model that draws.
+    """
+    for last in (False, False, True):
+        trying = attempt()
+        alone = last or threading.active_count() == 1
+        try:
+            found = trying.first_that_holds()
+        except RewriteError:
+            if alone or not trying.disturbed(()):
+                raise
+        else:
+            if alone or not trying.disturbed(found.opaque.values()):
+                break
+        log.debug("the random states moved during capture, and other threads run: once more")
     return found
 
 
@@ -154,6 +176,11 @@ class _Attempt:
         log.debug("%s cannot capture %s: %s", front_end, type(self.model).__name__, unfit.reason)
         self.reasons[front_end] = (unfit.where, unfit.reason)
 
+    def disturbed(self, reasons: Iterable[str]) -> bool:
+        """Whether one of these reasons, or of those a front end was passed over for, is one a thread can cause."""
+        everything = (*reasons, *(reason for _, reason in self.reasons.values()))
+        return any(DRAWS in reason or _WRONG in reason for reason in everything)
+
     def _expand(self, traced: Traced) -> Traced:
         """Finds out by one run what each output is, and takes nested results apart into tensors."""
         with preserved(self.model), trial_run(), torch.enable_grad():
@@ -191,7 +218,7 @@ class _Attempt:
                 found.notes = prove_graph(self.model, self._runner(found), self.args, self.kwargs, guards)
             except MismatchError as mismatch:
                 log.debug("%s captured %s wrongly: %s", front_end, type(self.model).__name__, mismatch)
-                self.reasons[front_end] = ("", f"its graph was wrong: {mismatch}")
+                self.reasons[front_end] = ("", f"{_WRONG}: {mismatch}")
                 return None
         return found
 

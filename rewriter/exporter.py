@@ -24,7 +24,7 @@ from .leaves import has_hooks, why_not_root
 from .shadow import preserved
 from .signature import Tree, flatten
 from .traced import Traced, UnfitError, describe
-from .untouched import Attributes
+from .untouched import DRAWS, Attributes
 
 Sizes = Literal["rows", "all"]
 # How many leading dimensions are left open, one attempt after the other.
@@ -98,7 +98,7 @@ def _run(flat: _Flat, tensors: list[Tensor], shapes: tuple[dict[int, Any], ...])
         program = torch.export.export(flat, inputs, strict=False, dynamic_shapes={"tensors": shapes})
         moved = world.moved_generator()
         if moved:
-            raise UnfitError(f"draws from {moved} outside the graph")
+            raise UnfitError(f"{DRAWS} {moved} outside the graph")
     return program
 
 

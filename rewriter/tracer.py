@@ -18,7 +18,7 @@ from .leaves import LeafPredicate, why_leaf, why_not_root
 from .proxies import Held, HeldParameter, Input, Value, is_surely_tensor
 from .signature import Tree, flatten
 from .traced import Traced, UnfitError, describe, is_outside, names_of_tensors, place_of
-from .untouched import Attributes, RandomState
+from .untouched import DRAWS, Attributes, RandomState
 from .watch import Watch, modes, watched_isinstance, writes
 
 # Called with a stand-in among their sizes, these become nodes; fx alone would fail on them.
@@ -148,7 +148,7 @@ class CaptureTracer(fx.Tracer):
                     raise TraceError(f"changes its attribute `{child and child + '.'}{changed}` while it runs")
             moved = random.moved()
             if moved:
-                raise TraceError(f"draws from {moved} outside the graph")
+                raise TraceError(f"{DRAWS} {moved} outside the graph")
             return result
         finally:
             for attributes in watched.values():

@@ -85,6 +85,9 @@ def _refill(value: Any, copy: Any) -> None:
         value.extend(copy)
 
 
+DRAWS = "draws from"
+
+
 class RandomState:
     """The global random states: torch (CPU, and CUDA where it runs), Python's, numpy's."""
 
@@ -97,7 +100,7 @@ class RandomState:
         self._numpy = numpy.get_state(legacy=True) if numpy is not None else None
 
     def moved(self) -> str | None:
-        """Which generator has been drawn from since, None where none has."""
+        """Which generator has been drawn from since, None where none has, by whichever thread."""
         if self._bytes != torch.get_rng_state().numpy().tobytes():
             return "torch"
         if self._python != random.getstate():

@@ -62,6 +62,43 @@ def test_threads_capture_one_at_a_time_and_disturb_nobody():
     assert isinstance.__self__.__name__ == "builtins"
 
 
+@pytest.mark.parametrize("times", [3, 99])
+def test_a_thread_that_draws_during_a_capture_is_not_taken_for_the_model(times):
+    asked, drawn, seen = threading.Event(), threading.Event(), []
+
+    def bystander():
+        while asked.wait() and len(seen) <= times:
+            asked.clear()
+            torch.rand(3)
+            drawn.set()
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(5, 2)
+
+        def forward(self, x):
+            seen.append(1)
+            if len(seen) <= times:  # the bystander draws while this line waits
+                asked.set()
+                drawn.wait()
+                drawn.clear()
+            return self.inner(x)
+
+    watcher = threading.Thread(target=bystander, daemon=True)
+    watcher.start()
+    try:
+        if times == 3:
+            assert rewrite(Slow(), Plan([]), example=(torch.randn(8, 5),)).explain()
+        else:  # as long as it draws, nobody can tell
+            with pytest.raises(RewriteError, match="draws from torch"):
+                rewrite(Slow(), Plan([]), example=(torch.randn(8, 5),))
+    finally:
+        seen.extend([1] * 99)
+        asked.set()
+        watcher.join()
+
+
 def test_capture_is_counted_apart():
     x, _ = batch()
     rows = []
