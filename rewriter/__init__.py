@@ -1,6 +1,7 @@
 """Says where each gradient of a PyTorch model comes from."""
 
 from rewriter.passes.black_box import BlackBox
+from rewriter.passes.deferred import Deferred
 from rewriter.runtime.boxes import Box, CallableBox, ExternalProgram, OnnxBox
 from rewriter.runtime.domain import Domain
 from rewriter.runtime.errors import BoxError, RewriteError, RewriteWarning
@@ -14,6 +15,7 @@ __all__ = [
     "Box",
     "BoxError",
     "CallableBox",
+    "Deferred",
     "Domain",
     "ExternalProgram",
     "OnnxBox",
