@@ -44,9 +44,12 @@ class Pass(ABC):
 class Entry(Pass):
     """A plan entry: says for a part of the model where its gradient comes from.
 
-    `target` is its first field. `wholes(model)` names the modules that capture must keep as one node; `rule(...)`
-    builds what runs. Entries print as the text that makes them, and `Plan` reads that text back.
+    `target` is its first field. `ahead`: its rules evaluate the loss themselves (`Call.objective`). `wholes(model)`
+    names the modules that capture must keep as one node; `rule(...)` builds what runs. Entries print as the text that
+    makes them, and `Plan` reads that text back.
     """
+
+    ahead: ClassVar[bool] = False
 
     target: Target
 

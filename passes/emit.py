@@ -48,7 +48,7 @@ def emit(program: Program, clock: Clock, ledger: Ledger, rules: dict[str, Rule])
     by_name = {region.name: region for region in program.regions}
     for described in program.segments:
         graph = program.partitioned.get_submodule(described.name).graph
-        segment = _segment(described.name, graph, program)  # type: ignore[arg-type]
+        segment = _partitioned(described.name, graph, program)  # type: ignore[arg-type]
         segments[described.name] = segment
         target: Any = segment
         if described.region is not None:
@@ -65,7 +65,7 @@ def emit(program: Program, clock: Clock, ledger: Ledger, rules: dict[str, Rule])
     return Emitted(step.__get__(frame), segments, regions, sources)
 
 
-def _segment(name: str, graph: fx.Graph, program: Program) -> Segment:
+def _partitioned(name: str, graph: fx.Graph, program: Program) -> Segment:
     """Emit one segment; the flat names of modules, parameters and buffers are read from the user's own dictionaries."""
     flat = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -77,6 +77,16 @@ def _segment(name: str, graph: fx.Graph, program: Program) -> Segment:
             places.setdefault(path, _place(str(node.target), path, program))
     source, function = _compile(name, flat)
     return Segment(name, source, function, tuple(places.values()))
+
+
+def emit_segment(name: str, graph: fx.Graph, program: Program) -> Segment:
+    """Emit a graph made of copies of the program's nodes."""
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            path = node.meta["path"] = str(node.target)
+            node.target = names.setdefault(path, f"part_{len(names)}")
+    return _partitioned(name, graph, program)
 
 
 def _place(name: str, path: str, program: Program) -> Place:

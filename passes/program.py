@@ -64,12 +64,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes (by name, in graph order) whose pullback one plan entry supplies."""
+    """The nodes (by name, in graph order) whose pullback one plan entry supplies. parts: what it cuts them into."""
 
     name: str
     entry: Any  # the plan entry, a rewriter.passes.base.Entry
     target: str
     owned: tuple[str, ...]
+    parts: tuple[Any, ...] = ()  # of rewriter.passes.structure.Span
 
 
 @dataclass(frozen=True)

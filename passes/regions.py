@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import fx, nn
+from torch import fx
 
 from .base import Entry, Refused
 from .program import Program, Region
@@ -11,20 +11,16 @@ from .targets import Place
 
 def regions_at(entry: Entry, place: Place, program: Program) -> list[Region] | Refused:
     """One region per call of the module at `place`; named after the module, with `@k` from the second call on."""
-    hooked = _hooked(program.module(place.module))
-    if hooked is not None:
-        return Refused(
-            f"{place.module}.{hooked}".rstrip("."),
-            "it has hooks (or is wrapped by FSDP or holds a DTensor), and a region runs its operations elsewhere",
-            "take the hooks off inside the region, or put them on a module outside it",
-        )
+    refused = hooked(place, program)
+    if refused is not None:
+        return refused
     calls: dict[int, list[str]] = {}
     for node in program.graph.nodes:
         for name, index in node.meta.get("block", ()):
             if name == place.module and node.op != "placeholder":
                 calls.setdefault(index, []).append(node.name)
     if not calls:
-        return _unseen(place, program)
+        return unseen(place, program)
     if place.call is not None and place.call not in calls:
         return Refused(
             place.module, f"it is called {len(calls)} times; there is no call {place.call}", "calls count from 0"
@@ -50,17 +46,22 @@ def outputs_of(program: Program, region: Region) -> list[fx.Node]:
     return [node for node in nodes if any(user.name not in owned for user in node.users)]
 
 
-def _hooked(module: nn.Module) -> str | None:
-    """The name of the first part that has hooks or is spread over devices, or None."""
-    for name, part in module.named_modules():
+def hooked(place: Place, program: Program) -> Refused | None:
+    """Why a region cannot run the operations of a module, or of a part of it."""
+    for name, part in program.module(place.module).named_modules():
         hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
         spread = any(type(parameter).__name__ == "DTensor" for parameter in part.parameters(recurse=False))
         if any(hooks) or spread or "FSDP" in type(part).__name__ or "FullySharded" in type(part).__name__:
-            return str(name)
+            return Refused(
+                f"{place.module}.{name}".rstrip("."),
+                "it has hooks (or is wrapped by FSDP or holds a DTensor), and a region runs its operations elsewhere",
+                "take the hooks off inside the region, or put them on a module outside it",
+            )
     return None
 
 
-def _unseen(place: Place, program: Program) -> Refused:
+def unseen(place: Place, program: Program) -> Refused:
+    """Why no node of the graph belongs to a place."""
     around = [name for name in program.opaque if place.module.startswith(f"{name}.")]
     if around:
         return Refused(

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from rewriter.runtime.segment import Segment
 from rewriter.runtime.unrolled import Roles
 
 from .base import Entry, Refused
-from .emit import _segment
+from .emit import emit_segment
+from .order import together
 from .program import Program, Region, Value, reach
 from .regions import inputs_of, outputs_of, regions_at
 from .targets import Place
-
-# Modules without buffers, random numbers or memory: their calls may change places with a cell's.
-_PLAIN = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.SiLU, nn.Softmax)
-_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal", "rrelu")
 
 
 @dataclass(frozen=True)
@@ -46,42 +43,19 @@ def gathered(entry: Entry, place: Place, program: Program) -> tuple[Program, Reg
     if place.call is not None or len(calls) < 2:
         count = "one call of it is named" if place.call is not None else "it is called once"
         return Refused(where, f"{count}, and there is no loop to differentiate", "name a cell that a loop calls")
-    graph = program.edit()
-    nodes = {node.name: node for node in graph.nodes}
     owned = [name for call in calls for name in call.owned]
-    inside = {nodes[name] for name in owned}
-    order = list(graph.nodes)
-    between = order[order.index(nodes[owned[0]]) : order.index(nodes[owned[-1]]) + 1]
-    after = set(reach([nodes[name] for name in owned]))
-    for node in (node for node in between if node not in inside):
-        if any(user in inside for user in node.users) and node in after:
-            return Refused(
-                f"{where}: {node.name}",
-                "what a call returns is changed outside the cell before the next call takes it",
-                "make that part of the cell's own forward",
-            )
-        if not _movable(node, program):
-            return Refused(
-                f"{where}: {node.name}",
-                "it stands between two calls of the cell and may draw random numbers or change a tensor",
-                "compute it before or after the loop",
-            )
-    first, last = nodes[owned[0]], nodes[owned[-1]]
-    for node in [node for node in between if node not in inside]:
-        if node in after:
-            last.append(node)
-            last = node
-        else:
-            first.prepend(node)
-    return program.edited(graph), Region(where, entry, where, tuple(owned))
-
-
-def _movable(node: fx.Node, program: Program) -> bool:
-    if node.op == "call_module":
-        return type(program.module(str(node.target))) in _PLAIN
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    writes = name.endswith("_") and not name.endswith("__")
-    return node.op == "get_attr" or not (writes or name in ("setitem", "copy_") or any(r in name for r in _RANDOM))
+    inside = set(owned)
+    behind = {node.name for node in reach([program.node(name) for name in owned])}
+    between = [node for node in program.graph.nodes if node.name in behind - inside]
+    changed = [node.name for node in between if any(user.name in inside for user in node.users)]
+    if changed:
+        return Refused(
+            f"{where}: {changed[0]}",
+            "what a call returns is changed outside the cell before the next call takes it",
+            "make that part of the cell's own forward",
+        )
+    moved = together(owned, program, where)
+    return moved if isinstance(moved, Refused) else (moved, Region(where, entry, where, tuple(owned)))
 
 
 def read(region: Region, program: Program) -> Unrolled | Refused:
@@ -237,10 +211,4 @@ def _step(call: Sequence[fx.Node], sources: Sequence[fx.Node], results: Sequence
 
 def emitted(unrolled: Unrolled, region: Region, program: Program) -> Segment:
     """One call as code that reads the user's own modules and parameters."""
-    names: dict[str, str] = {}
-    for node in unrolled.step.nodes:
-        if node.op in ("call_module", "get_attr"):
-            path = str(node.target)
-            node.meta["path"] = path
-            node.target = names.setdefault(path, f"part_{len(names)}")
-    return _segment(f"{region.name} step", unrolled.step, program)
+    return emit_segment(f"{region.name} step", unrolled.step, program)

@@ -19,6 +19,7 @@ from rewriter.passes.partition import readable
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.estimators.quality import Quality
 from rewriter.runtime.ledger import Ledger
+from rewriter.runtime.objective import Objective
 from rewriter.runtime.region import Clock
 
 from .loss import Loss
@@ -73,10 +74,11 @@ class Rewritten(nn.Module):
         if target is not None and not (loss is not None and loss.takes_target):
             kwargs["target"], target = self._for_the_model(target), None
         taped = self.training and torch.is_grad_enabled()
-        output = self._taped(args, kwargs) if taped else self.model(*args, **kwargs)
+        output = self._taped(args, kwargs, target) if taped else self.model(*args, **kwargs)
         if loss is None or (target is None and loss.takes_target):
             return output
-        return loss(output, target)
+        objective, self._clock.objective = self._clock.objective, None
+        return loss(output, target) if objective is None else objective.weighed(loss(output, target))
 
     def _for_the_model(self, target: Any) -> Any:
         """A target that no loss takes, where the model's own forward has an argument of that name."""
@@ -87,15 +89,22 @@ class Rewritten(nn.Module):
             )
         return target
 
-    def _taped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _taped(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Any:
         variant, tensors = self._variant(args, kwargs)
-        self._clock.tick()
+        self._clock.tick(self._objective(variant, tensors, target))
         model = self.model
         if not (model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks):
             return variant.captured.rebuild(variant.emitted.function(*tensors))
         # The root's own hooks belong to its __call__, which is lent the emitted forward for this one call.
         with _forward(model, self._emitted_forward):
             return model(*args, **kwargs)
+
+    def _objective(self, variant: Variant, tensors: list[torch.Tensor], target: Any) -> Objective | None:
+        """The loss of this call, where a rule of the plan evaluates it ahead and there is one."""
+        loss = self.loss
+        if loss is None or (target is None and loss.takes_target) or not any(entry.ahead for entry in self.plan):
+            return None
+        return Objective(lambda outputs: loss(variant.captured.rebuild(outputs), target), tensors)
 
     def _emitted_forward(self, *args: Any, **kwargs: Any) -> Any:
         variant, tensors = self._variant(args, kwargs)

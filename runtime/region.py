@@ -16,20 +16,26 @@ from torch import Tensor
 
 from .ambient import Ambient
 from .errors import RewriteError
+from .objective import Objective
 from .random import Key
 from .rule import Call, Gradients, Rule, Taken
 
 
 class Clock:
-    """Counts forward passes, so that random numbers depend on (seed, forward, region, replicate) alone."""
+    """Counts forward passes, so that random numbers depend on (seed, forward, region, replicate) alone.
+
+    objective: the loss of the present forward pass, None where no rule evaluates it.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.forward = -1
         self.rank = 0
+        self.objective: Objective | None = None
 
-    def tick(self) -> None:
+    def tick(self, objective: Objective | None = None) -> None:
         self.forward += 1
+        self.objective = objective
         distributed = torch.distributed
         self.rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
@@ -70,6 +76,7 @@ class Region:
             self.clock.rank,
             needed,
             Ambient.now(),
+            self.clock.objective,
         )
         if torch.is_grad_enabled() and True in needed:
             outputs = _apply(self.rule, call, len(inputs), *inputs, *trained)  # type: ignore[no-untyped-call]

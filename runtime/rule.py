@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .ambient import PLAIN, Ambient
 from .estimators.quality import History, Quality
+from .objective import Objective
 from .random import Key
 
 Gradients = tuple[Tensor | None, ...]
@@ -16,7 +17,8 @@ class Call(NamedTuple):
     """One forward pass of one region: what backward needs to keep the promises forward made.
 
     region: the region's name; key: its random numbers; rank: index of this process (global row = rank * rows + row);
-    needed: per input and then per parameter, whether its gradient will be asked for; ambient: autocast and flags.
+    needed: per input and then per parameter, whether its gradient will be asked for; ambient: autocast and flags;
+    objective: the loss, where an entry of the plan evaluates it ahead and the step was given one.
     """
 
     region: str
@@ -24,6 +26,7 @@ class Call(NamedTuple):
     rank: int = 0
     needed: tuple[bool, ...] = ()
     ambient: Ambient = PLAIN
+    objective: Objective | None = None
 
 
 @dataclass(slots=True)
