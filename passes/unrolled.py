@@ -112,8 +112,8 @@ def _shape_of(call: Sequence[fx.Node]) -> tuple[Any, ...]:
     def numbered(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
             return _Place(places.get(argument))
-        if isinstance(argument, tuple | list):
-            return type(argument)(map(numbered, argument)) if type(argument) in (tuple, list) else repr(argument)
+        if isinstance(argument, tuple | list):  # fx keeps lists in a class of its own
+            return tuple(map(numbered, argument))
         return {key: numbered(value) for key, value in argument.items()} if isinstance(argument, dict) else argument
 
     return tuple((n.op, str(n.target), repr(numbered(n.args)), repr(numbered(n.kwargs))) for n in call)

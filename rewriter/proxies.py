@@ -52,7 +52,10 @@ class Value(fx.Proxy):
         instruction = next(_instructions_from(frame))
         if instruction.opname == "UNPACK_SEQUENCE":
             return iter([operator.getitem(self, index) for index in range(int(instruction.argval))])
-        raise TraceError("iterates over a value whose length is only known when the model runs")
+        length = self.tracer.length_of(self)
+        if length is None:
+            raise TraceError("iterates over a value whose length is only known when the model runs")
+        return iter([operator.getitem(self, index) for index in range(length)])
 
     def __len__(self) -> int:
         raise TraceError("takes len() of a value that is only known when the model runs; of a tensor write x.shape[0]")

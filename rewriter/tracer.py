@@ -44,6 +44,7 @@ class CaptureTracer(fx.Tracer):
         self._autowrap_search.append(torch)
         self.fix_sizes = fix_sizes
         self.fixed_inputs: set[fx.Node] = set()
+        self.fixed_rows: set[fx.Node] = set()
         self.surely_tensors: set[fx.Node] = set()
         self.opaque: dict[str, str] = {}
         self.failed: set[str] = set()
@@ -54,6 +55,7 @@ class CaptureTracer(fx.Tracer):
         self._paths = {module: name for name, module in model.named_modules()}
         self._held = names_of_tensors(model)
         self._constant_names: dict[int, str] = {}
+        self._placeholders: dict[fx.Node, Tensor] = {}
         self._calls: Counter[str] = Counter()
         self._block: tuple[tuple[str, int], ...] = ()
         self._modes = modes()
@@ -77,7 +79,13 @@ class CaptureTracer(fx.Tracer):
         fixed = {
             index: tuple(tensors[index].shape) for index, node in enumerate(placeholders) if node in self.fixed_inputs
         }
-        return Traced(graph, self._outputs, self.constants, self.inlined, self.opaque, frozenset(self.failed), fixed)
+        rows = tuple(
+            f"s[{index}][0] == {len(tensors[index])}"
+            for index, node in enumerate(placeholders)
+            if node in self.fixed_rows
+        )
+        failed = frozenset(self.failed)
+        return Traced(graph, self._outputs, self.constants, self.inlined, self.opaque, failed, fixed, rows)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         tree, tensors, names = self._call
@@ -87,12 +95,29 @@ class CaptureTracer(fx.Tracer):
                 Input(self.create_node("placeholder", name, (), {}), self, tensor)
                 for name, tensor in zip(names, tensors, strict=True)
             ]
+            self._placeholders.update({each.node: each.value for each in stand_ins})
             args, kwargs = tree.rebuild(stand_ins)
             result = self._inline(self.root, "", self.root.forward, args, kwargs)
             leaves, self._outputs = flatten(result, lambda value: isinstance(value, (Proxy, Tensor)))
             return tuple(leaves)
 
         return run, []
+
+    def length_of(self, value: Value) -> int | None:
+        """How many items iteration over an argument, or over `unbind` of it, gives; None where sizes stay open."""
+        node, dimension = value.node, 0
+        if node.target in (torch.unbind, "unbind"):
+            given = dict(zip(("input", "dim"), node.args, strict=False)) | node.kwargs
+            node, dimension = given.get("input"), given.get("dim", 0)  # type: ignore[assignment]
+        if not self.fix_sizes or not isinstance(node, fx.Node) or node.op != "placeholder":
+            return None
+        shape = self._placeholders[node].shape
+        if not isinstance(dimension, int) or not -len(shape) <= dimension < len(shape):
+            return None
+        self.fixed_inputs.add(node)
+        if dimension % len(shape) == 0:
+            self.fixed_rows.add(node)
+        return shape[dimension]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
@@ -115,7 +140,8 @@ class CaptureTracer(fx.Tracer):
 
     def _inline_or_keep(self, m: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         mark = next(reversed(self.graph.nodes), None)
-        before = (self._calls.copy(), dict(self.opaque), dict(self.inlined), set(self.failed), set(self.fixed_inputs))
+        before = (self._calls.copy(), dict(self.opaque), dict(self.inlined), set(self.failed))
+        fixed = set(self.fixed_inputs), set(self.fixed_rows)
         self.inlined[name] = m
         try:
             return self._inline(m, name, forward, args, kwargs)
@@ -124,7 +150,8 @@ class CaptureTracer(fx.Tracer):
                 if node is mark:
                     break
                 self.graph.erase_node(node)
-            self._calls, self.opaque, self.inlined, self.failed, self.fixed_inputs = before
+            self._calls, self.opaque, self.inlined, self.failed = before
+            self.fixed_inputs, self.fixed_rows = fixed
             self.opaque[name] = describe(error)
             self.failed.add(name)
         return self.create_proxy("call_module", name, args, kwargs)

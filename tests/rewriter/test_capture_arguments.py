@@ -187,6 +187,39 @@ class Holder(nn.Module):
         return self.linear(x) * self.plain[: x.shape[1]] + self.steps - self.mean
 
 
+class Iterates(nn.Module):
+    """A cell in a loop over the items of an argument, however they are come by."""
+
+    def __init__(self, items):
+        super().__init__()
+        self.cell, self.items = nn.GRUCell(3, 4), items
+
+    def forward(self, x):
+        h = x.new_zeros(6, 4)
+        for item in self.items(x):
+            h = self.cell(item, h)
+        return h
+
+
+@pytest.mark.parametrize("items", [lambda x: x, lambda x: x.unbind(0), lambda x: torch.unbind(x)])
+def test_a_loop_over_items_fixes_their_number(items):
+    model, x = Iterates(items), torch.randn(5, 6, 3)
+    found = capture(model, (x,), {})
+    assert found.front_end == "fx"
+    assert compare(model, found, (x,), {}) is None
+    assert found.guards.reason(model, [x]) is None
+    assert "s[0][0] == 5" in found.guards.reason(model, [torch.randn(7, 6, 3)])
+
+
+def test_a_loop_over_columns_leaves_the_rows_open():
+    model, x = Iterates(lambda x: x.unbind(dim=-2)), torch.randn(6, 5, 3)
+    found = capture(model, (x,), {})
+    assert found.front_end == "fx"
+    assert compare(model, found, (x,), {}) is None
+    assert found.guards.reason(model, [torch.randn(9, 5, 3)]) is None
+    assert found.guards.reason(model, [torch.randn(6, 7, 3)]) is not None
+
+
 @pytest.mark.parametrize("front_end", ["fx", "export"])
 def test_buffers_and_plain_tensors_are_read_and_written_live(front_end):
     model = Holder() if front_end == "export" else nn.Sequential(Holder(), nn.Linear(4, 2))
