@@ -1,4 +1,4 @@
-"""How many probes each row of a batch gets: whole numbers that spend a budget exactly."""
+"""How many probes or copies each row of a batch gets: whole numbers that spend a budget exactly."""
 
 import numpy as np
 
@@ -39,3 +39,24 @@ def neyman_counts(norms: Array, probes: int, width: int) -> Array:
     is least for q in proportion to |g| (Neyman 1934).
     """
     return integer_counts(norms, len(norms) * probes, 1, max(probes, width))
+
+
+def copy_counts(norms: Array, copies: int, floor: int = 2, even: bool = False) -> Array:
+    """Copies for each row, (n,) int64, n x `copies` in all, in proportion to `norms`, at least `floor` each.
+
+    norms: lengths of the rows' gradients, or what stands for them: 1 - p_y under a cross-entropy, `pilot_norms` else.
+    Where nothing is known of any row (all zero or not finite), all get the same. even: whole pairs.
+    """
+    unit = 2 if even else 1
+    rows, share, least = len(norms), copies // unit, max(1, -(-floor // unit))
+    return unit * integer_counts(norms, rows * share, min(least, share), rows * share)
+
+
+def pilot_norms(products: Array, shrinkage: float = 0.25) -> Array:
+    """Lengths of rows' gradients from a pilot's split halves, drawn towards the batch's mean square.
+
+    products: (n,), inner products of two independent estimates of each row; unbiased for |g|^2, often negative.
+    """
+    mean = max(float(products.mean()), 0.0)
+    norms: Array = np.sqrt(np.maximum((1 - shrinkage) * products + shrinkage * mean, 0.0))
+    return norms
