@@ -75,6 +75,10 @@ class Entry(Pass):
         """Which of its rule's outputs the region returns, where the rule has more than the graph reads."""
         return None
 
+    def supplies(self, program: Program, region: Region) -> frozenset[int] | None:
+        """Of a region that the loss reaches through an anchor: the inputs whose gradients it supplies, by position."""
+        return None
+
     def __str__(self) -> str:
         first, *rest = fields(self)  # type: ignore[arg-type]
         shown = [repr(getattr(self, first.name))]

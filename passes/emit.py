@@ -57,7 +57,9 @@ def emit(program: Program, clock: Clock, ledger: Ledger, rules: dict[str, Rule])
             if region.name not in rules:
                 rules[region.name] = rule
             returned = region.entry.returned(program, region)
-            target = Region(region.name, rule, clock, segment.trainable, returned)
+            target = Region(
+                region.name, rule, clock, segment.trainable, returned, region.entry.supplies(program, region)
+            )
             regions[region.name] = target
         frame.__dict__[described.name] = target
     source, step = _compile("step", program.partitioned.graph)

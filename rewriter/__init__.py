@@ -2,6 +2,7 @@
 
 from rewriter.passes.black_box import BlackBox
 from rewriter.passes.deferred import Deferred
+from rewriter.passes.ulr_cut import UlrCut
 from rewriter.runtime.boxes import Box, CallableBox, ExternalProgram, OnnxBox
 from rewriter.runtime.domain import Domain
 from rewriter.runtime.errors import BoxError, RewriteError, RewriteWarning
@@ -23,5 +24,6 @@ __all__ = [
     "RewriteError",
     "RewriteWarning",
     "Rewritten",
+    "UlrCut",
     "rewrite",
 ]

@@ -39,6 +39,8 @@ def _region(region: Region, step: Rewritten) -> str:
     lines.append(f"  inputs: {shown}")
     if facts["rule"] == "black-box":
         lines += _black_box(facts, holds_box(program.module(region.target)), facts["width"] or _width(values))
+    elif facts["rule"] == "ulr-cut":
+        lines += _ulr_cut(facts)
     counts = step.ledger[region.name]
     lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
     return "\n".join(lines)
@@ -82,6 +84,43 @@ def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
     elif probes < width <= 4 * probes:
         lines.append(
             f"  simpler: probes={width} would be exact up to the step's bias, at {width / probes:.1f} x the queries"
+        )
+    return lines
+
+
+_TAILS = {
+    "box": "what follows holds a box: there is no derivative to take instead",
+    "frozen": "what follows is frozen: its backward and what it would keep are saved",
+    "trainable": "what follows is trained: its parameters get the exact gradient of the clean loss",
+}
+
+
+def _ulr_cut(facts: dict[str, Any]) -> list[str]:
+    pairs = " in antithetic pairs" if facts["antithetic"] else ""
+    lines = [
+        f"  {facts['copies']} copies per row{pairs}, {facts['directions']} noise, baseline {facts['baseline']}, "
+        f"allocation {facts['allocation']}",
+        f"  {_TAILS[facts['tail']]}",
+    ]
+    if facts["width"] is None:
+        lines.append("  nothing measured yet; the first backward does")
+    else:
+        measured = facts["measured_cosine"]
+        lines.append(
+            f"  width {facts['width']}, sigma {facts['sigma']:.3g}; row cosine: predicted "
+            f"{facts['predicted_cosine']:.2f}, measured {'not yet' if measured is None else f'{measured:.2f}'}; "
+            f"left out: {facts['bias']}"
+        )
+        if facts["parameter_cosine"] is not None:
+            lines.append(f"  parameter cosine: {facts['parameter_cosine']:.2f}, as if this cut alone were estimated")
+        lines.append(
+            f"  cost: {facts['rows_per_backward']:,} rows forward through what follows the cut per backward; "
+            "what is kept does not grow with copies"
+        )
+    if facts["tail"] != "box":
+        lines.append(
+            "  simpler: without the entry the gradient is exact, for about two forwards of what follows instead of "
+            f"{facts['copies']}; the cut pays where that is discontinuous, or its activations do not fit"
         )
     return lines
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.objective import Copied
 
 from .reductions import as_contributions, recognise, widened
 
@@ -30,6 +31,7 @@ class Loss:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.takes_target = _takes_target(function)
+        self._latest = ""  # type of the latest batch
         self._type = ""  # of a custom loss: "contributions", "mean" or "sum", found on the first batch
         self._proven: list[int] = []  # sizes of the batches on which that was seen to hold
 
@@ -37,7 +39,7 @@ class Loss:
         """Exactly what the user's function returns."""
         return self.function(output, target) if self.takes_target else self.function(output)
 
-    def contributions(self, output: Any, target: Any = None) -> Tensor:
+    def contributions(self, output: Any, target: Any = None, copied: Copied | None = None) -> Tensor:
         """The part each row has in the loss, differentiable in `output`; row i's part depends on output row i only.
 
         output, target: tensors or trees of them, rows in dim 0; target tensors with another dim 0 are the same for
@@ -56,16 +58,34 @@ class Loss:
             )
         known = recognise(self.function)
         if known is not None and isinstance(output, Tensor):
-            return known.contributions(output, target)
+            return known.contributions(output, target, copied)
         output, target = tree_map(widened, (output, target))
+        if copied is not None:
+            return self._of_copies(output, target, copied)
         rows = _count_rows(output)
         type_ = self._type
         if not type_ or self._wants_proof(rows):
             type_ = self._prove(_detached(output), target, rows)
+        self._latest = type_
         if type_ == "contributions":
             return as_contributions(self.function(output, target), rows)
         values = self._row_values(output, target, rows)
         return values / rows if type_ == "mean" else values
+
+    def _of_copies(self, output: Any, target: Any, copied: Copied) -> Tensor:
+        index, rows = copied.source, copied.rows
+        if self._latest != "contributions":
+            given = tree_map(lambda leaf: leaf[index] if _has_rows(leaf, rows) else leaf, target)
+            values = self._row_values(output, given, len(index))
+            return values / rows if self._latest == "mean" else values
+        # Such a loss may divide by something of the whole batch: copies take the place of their rows in it.
+        found: list[tuple[Tensor, Tensor]] = []
+        clean = _detached(tree_map(widened, copied.clean))
+        for places in _without_repeats(index, rows):
+            filled = tree_map(lambda old, new, places=places: _filled(old, new, index, places, rows), clean, output)
+            found.append((places, as_contributions(self.function(filled, target), rows)[index[places]]))
+        order = torch.cat([places for places, _ in found]).argsort()
+        return torch.cat([values for _, values in found])[order]
 
     def _wants_proof(self, rows: int) -> bool:
         # One row adds up whatever the loss does, so it is no proof.
@@ -173,6 +193,19 @@ def _count_rows(output: Any) -> int:
             remedy="return such terms per row, shape (B,), and add them up in the loss",
         )
     return rows
+
+
+def _without_repeats(index: Tensor, rows: int) -> Iterator[Tensor]:
+    """Places of the index, in groups none of which names a row twice."""
+    order = index.argsort(stable=True)
+    counts = torch.bincount(index, minlength=rows)
+    nth = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[index[order]]
+    for number in range(int(counts.max())):
+        yield order[nth == number]
+
+
+def _filled(old: Any, new: Any, index: Tensor, places: Tensor, rows: int) -> Any:
+    return old.index_put((index[places],), new[places].to(old.dtype)) if _has_rows(old, rows) else old
 
 
 def _has_rows(leaf: Any, rows: int) -> bool:

@@ -10,9 +10,10 @@ from typing import Any, overload
 from rewriter.passes.base import Entry
 from rewriter.passes.black_box import BlackBox
 from rewriter.passes.deferred import Deferred
+from rewriter.passes.ulr_cut import UlrCut
 from rewriter.runtime.errors import RewriteError
 
-ENTRIES: dict[str, type[Entry]] = {"BlackBox": BlackBox, "Deferred": Deferred}
+ENTRIES: dict[str, type[Entry]] = {"BlackBox": BlackBox, "Deferred": Deferred, "UlrCut": UlrCut}
 
 _LARGEST = 1 << 20  # bytes of a plan file; a plan is a page, not a data set
 

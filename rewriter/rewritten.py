@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rewriter.passes.partition import readable
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.estimators.quality import Quality
 from rewriter.runtime.ledger import Ledger
-from rewriter.runtime.objective import Objective
+from rewriter.runtime.objective import Copied, Objective
 from rewriter.runtime.region import Clock
 
 from .loss import Loss
@@ -104,7 +104,15 @@ class Rewritten(nn.Module):
         loss = self.loss
         if loss is None or (target is None and loss.takes_target) or not any(entry.ahead for entry in self.plan):
             return None
-        return Objective(lambda outputs: loss(variant.captured.rebuild(outputs), target), tensors)
+        own, rebuild = loss, variant.captured.rebuild
+
+        def rows(outputs: Sequence[torch.Tensor], copied: Copied | None) -> torch.Tensor:
+            if copied is not None:
+                copied = copied._replace(clean=rebuild(copied.clean))
+            found: torch.Tensor = own.contributions(rebuild(outputs), target, copied)
+            return found
+
+        return Objective(lambda outputs: own(rebuild(outputs), target), tensors, rows)
 
     def _emitted_forward(self, *args: Any, **kwargs: Any) -> Any:
         variant, tensors = self._variant(args, kwargs)

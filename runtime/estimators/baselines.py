@@ -18,16 +18,16 @@ def check_baseline(baseline: str, directions: str) -> None:
         )
 
 
-def weights(baseline: str, losses: Tensor, clean: Tensor, valid: Tensor, squares: Tensor, mirrored: bool) -> Tensor:
+def weights(baseline: str, losses: Tensor, clean: Tensor, valid: Tensor, squares: Tensor, antithetic: bool) -> Tensor:
     """Weights w, (rows, copies), with which sum_k w_k score_k / sigma is the estimate; zero where not `valid`.
 
     losses: (rows, copies); clean: (rows,), of the row without noise; squares: (rows, copies), squared lengths of the
     noise. Every baseline is independent of the noise it is used with, so none biases the estimate: "clean" the loss
     without noise, "leave-one-out" the mean of the other copies, "constant" sum_j |e_j|^2 f_j / sum_j |e_j|^2 of the
-    others, which estimates the constant of least variance. Mirrored pairs cancel any of them; a pair counts only whole.
-    A row with too few copies has weights zero.
+    others, which estimates the constant of least variance. Antithetic pairs cancel any of them; a pair counts only
+    whole. A row with too few copies has weights zero.
     """
-    if mirrored:
+    if antithetic:
         valid = valid.view(len(valid), -1, 2).all(2).repeat_interleave(2, 1)
         baseline = "clean"  # cancels, but small numbers keep their digits
     count = valid.sum(1, keepdim=True).to(losses.dtype)

@@ -15,7 +15,7 @@ def row_gradients(
     directions: str,
     baseline: str,
     valid: Tensor,
-    mirrored: bool = False,
+    antithetic: bool = False,
     control: Tensor | None = None,
 ) -> Tensor:
     """Estimates g, (rows, width), of the gradient of F(z) = E f(z + sigma e) in z.
@@ -29,8 +29,8 @@ def row_gradients(
     """
     if control is not None:
         losses = losses - along(control, noise, sigma)
-    found = weights(baseline, losses, clean, valid, noise.square().sum(2), mirrored)
-    gradient = (found.unsqueeze(1) @ score(directions, noise)).squeeze(1) / sigma
+    found = weights(baseline, losses, clean, valid, noise.square().sum(2), antithetic)
+    gradient = (found.to(noise.dtype).unsqueeze(1) @ score(directions, noise)).squeeze(1) / sigma
     return gradient if control is None else gradient + control
 
 

@@ -27,7 +27,7 @@ def draw_noise(
     copies: int,
     width: int,
     *,
-    mirrored: bool = False,
+    antithetic: bool = False,
     first_row: int = 0,
     dtype: npt.DTypeLike = np.float32,
 ) -> Array:
@@ -35,11 +35,11 @@ def draw_noise(
 
     orthogonal: blocks of up to `width` orthogonal directions, Haar-distributed, with the lengths of Gaussian vectors,
     so that each alone is standard normal; gaussian; laplace; sobol: standard normal by inverse distribution function
-    from one scrambled Sobol set, shifted at random (bit by bit) for each row. mirrored: copies 2k and 2k + 1 are
+    from one scrambled Sobol set, shifted at random (bit by bit) for each row. antithetic: copies 2k and 2k + 1 are
     negatives of each other. Raises RewriteError as `check_noise` does.
     """
-    check_noise(kind, copies, width, mirrored)
-    if mirrored:
+    check_noise(kind, copies, width, antithetic)
+    if antithetic:
         half = draw_noise(kind, key, rows, copies // 2, width, first_row=first_row, dtype=dtype)
         return np.stack((half, -half), 2).reshape(rows, copies, width)
     if kind == "orthogonal":
@@ -61,11 +61,11 @@ def score(kind: str, noise: torch.Tensor) -> torch.Tensor:
     return noise.sign() * math.sqrt(2) if kind == "laplace" else noise
 
 
-def check_noise(kind: str, copies: int, width: int, mirrored: bool = False) -> None:
-    """Raises RewriteError for an odd number of mirrored copies, and where a Sobol set would do harm."""
-    if mirrored and copies % 2:
+def check_noise(kind: str, copies: int, width: int, antithetic: bool = False) -> None:
+    """Raises RewriteError for an odd number of antithetic copies, and where a Sobol set would do harm."""
+    if antithetic and copies % 2:
         raise RewriteError(f"{copies} copies do not make pairs", remedy="an even number of copies")
-    points = copies // 2 if mirrored else copies
+    points = copies // 2 if antithetic else copies
     if kind == "sobol" and (points < _SOBOL_POINTS * width or width > _SOBOL_WIDEST):
         raise RewriteError(
             f"{points} Sobol points in {width} dimensions are worse than independent samples",
@@ -74,17 +74,17 @@ def check_noise(kind: str, copies: int, width: int, mirrored: bool = False) -> N
         )
 
 
-def relative_variance(kind: str, copies: int, width: int, baseline: str, mirrored: bool = False) -> float:
+def relative_variance(kind: str, copies: int, width: int, baseline: str, antithetic: bool = False) -> float:
     """E |estimate - g|^2 / |g|^2 for a loss that is linear over the noise, baseline "none" counted as "clean".
 
     With K copies, d = width: Gaussian (d + 1) / K, Laplace (2 d - 1) / K, both with K - 1 for "leave-one-out" and
-    "constant"; mirrored, K / 2 pairs count; orthogonal blocks of m directions (d + 2) / m - 1 each. Of Sobol sets only
-    that they are not worse than independent samples.
+    "constant"; antithetic, K / 2 pairs count; orthogonal blocks of m directions (d + 2) / m - 1 each. Of Sobol sets
+    only that they are not worse than independent samples.
     """
-    count = copies // 2 if mirrored else copies
+    count = copies // 2 if antithetic else copies
     single = 2 * width - 1 if kind == "laplace" else width + 1
     if kind != "orthogonal":
-        own = baseline in ("leave-one-out", "constant") and not mirrored
+        own = baseline in ("leave-one-out", "constant") and not antithetic
         return single / max(1, count - 1 if own else count)
     sizes = [min(width, count - start) for start in range(0, count, width)]
     return float(sum((size / count) ** 2 * ((width + 2) / size - 1) for size in sizes))

@@ -20,8 +20,8 @@ LOSSES = (losses.linear, losses.quadratic, losses.sine, losses.step, losses.cubi
 
 
 @functools.cache
-def noise_of(kind, mirrored, rows=ROWS, copies=COPIES, width=losses.WIDTH):
-    drawn = draw_noise(kind, KEY, rows, copies, width, mirrored=mirrored, dtype=np.float64)
+def noise_of(kind, antithetic, rows=ROWS, copies=COPIES, width=losses.WIDTH):
+    drawn = draw_noise(kind, KEY, rows, copies, width, antithetic=antithetic, dtype=np.float64)
     return torch.from_numpy(np.ascontiguousarray(drawn))
 
 
@@ -40,10 +40,10 @@ def largest_z(found, true):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("mirrored", [False, True], ids=["single", "mirrored"])
+@pytest.mark.parametrize("antithetic", [False, True], ids=["single", "antithetic"])
 @pytest.mark.parametrize("kind", ["orthogonal", "gaussian", "laplace"])
-def test_unbiased(kind, mirrored, baseline, loss):
-    found = estimates(loss, noise_of(kind, mirrored), directions=kind, baseline=baseline, mirrored=mirrored)
+def test_unbiased(kind, antithetic, baseline, loss):
+    found = estimates(loss, noise_of(kind, antithetic), directions=kind, baseline=baseline, antithetic=antithetic)
     true = losses.smoothed(loss, laplace=kind == "laplace")
     assert largest_z(found, true) < 4.5
     assert largest_z(1.1 * found, true) > 4.5  # negative control: a scale of one tenth more is seen
@@ -89,7 +89,7 @@ def curved(z):
 
 
 @pytest.mark.parametrize(
-    ("kind", "mirrored", "baseline", "expected"),
+    ("kind", "antithetic", "baseline", "expected"),
     [
         ("gaussian", False, "none", (1 / 0.3**2 * 32 + 33) / 32),
         ("gaussian", False, "clean", 33 / 32),
@@ -100,29 +100,29 @@ def curved(z):
         ("laplace", False, "clean", 63 / 32),
     ],
 )
-def test_variance_of_a_linear_loss(kind, mirrored, baseline, expected):
+def test_variance_of_a_linear_loss(kind, antithetic, baseline, expected):
     """32 dimensions, 32 evaluations, sigma = .3, |g| = 1."""
     found = estimates(
         offset,
-        noise_of(kind, mirrored, 4000, 32, 32),
+        noise_of(kind, antithetic, 4000, 32, 32),
         torch.zeros(32).double(),
         0.3,
         directions=kind,
         baseline=baseline,
-        mirrored=mirrored,
+        antithetic=antithetic,
     )
     assert spread(found, UNIT) == pytest.approx(expected, rel=0.05)
     if baseline != "none":
-        assert relative_variance(kind, 32, 32, baseline, mirrored) == pytest.approx(expected, rel=1e-12)
+        assert relative_variance(kind, 32, 32, baseline, antithetic) == pytest.approx(expected, rel=1e-12)
 
 
 def test_variance_of_a_quadratic_loss():
-    """Mirrored pairs remove curvature exactly; single copies pay sigma^2 (D + 4)(2 tr H^2 + (tr H)^2) / 4 for it."""
+    """Antithetic pairs remove curvature exactly; single copies pay sigma^2 (D + 4)(2 tr H^2 + (tr H)^2) / 4 for it."""
     squared = 32 / 16  # tr H^2; tr H = 0
     expected = {True: 2 * 33 / 32, False: (33 + 0.3**2 / 4 * 36 * 2 * squared) / 32}
-    for mirrored, value in expected.items():
-        noise = noise_of("gaussian", mirrored, 4000, 32, 32)
-        found = estimates(curved, noise, torch.zeros(32).double(), 0.3, mirrored=mirrored)
+    for antithetic, value in expected.items():
+        noise = noise_of("gaussian", antithetic, 4000, 32, 32)
+        found = estimates(curved, noise, torch.zeros(32).double(), 0.3, antithetic=antithetic)
         assert spread(found, UNIT) == pytest.approx(value, rel=0.05)
 
 
@@ -154,7 +154,7 @@ def test_orthogonal_blocks_on_a_linear_loss():
     found = {}
     for kind in ("orthogonal", "gaussian"):
         noise = noise_of(kind, True, 400, 256, 64)
-        values = estimates(lambda z: z @ unit, noise, torch.zeros(64).double(), 0.1, directions=kind, mirrored=True)
+        values = estimates(lambda z: z @ unit, noise, torch.zeros(64).double(), 0.1, directions=kind, antithetic=True)
         found[kind] = spread(values, unit)
     assert found["orthogonal"] <= 0.02
     assert found["gaussian"] == pytest.approx(0.508, rel=0.05)
@@ -167,7 +167,7 @@ def test_losses_of_rows_beat_the_batch_mean():
     unit = torch.eye(width, dtype=torch.float64)[3]
     own = (noise @ unit) * 0.1
     summed = own.view(repeats, batch, 2).sum(1, keepdim=True).expand(-1, batch, -1).reshape(-1, 2)
-    options = {"directions": "gaussian", "baseline": "clean", "mirrored": True, "valid": torch.ones_like(own).bool()}
+    options = {"directions": "gaussian", "baseline": "clean", "antithetic": True, "valid": torch.ones_like(own).bool()}
     zero = torch.zeros(len(own), dtype=torch.float64)
     alone = spread(row_gradients(own, zero, noise, 0.1, **options), unit)
     together = spread(row_gradients(summed, zero, noise, 0.1, **options), unit)
@@ -187,7 +187,7 @@ def test_pairs_are_pairs_of_one_row():
 
     options = {"z": torch.zeros(width).double(), "sigma": 0.3}
     expected = 2 * (width + 1) / copies
-    tiled = estimates(loss, noise, mirrored=True, **options)
+    tiled = estimates(loss, noise, antithetic=True, **options)
     assert spread(tiled, unit) == pytest.approx(expected, rel=0.05)
     assert spread(estimates(loss, positional, baseline="none", **options), unit) > 5 * expected
 
@@ -236,13 +236,13 @@ def test_diagonal_noise():
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_copies_that_do_not_exist_are_left_out(baseline, mirrored):
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_copies_that_do_not_exist_are_left_out(baseline, antithetic):
     """Rows of different numbers of copies, some with a failed one: each the mean over its own."""
-    noise = noise_of("gaussian", mirrored)
+    noise = noise_of("gaussian", antithetic)
     values = losses.sine(losses.Z + losses.SIGMA * noise)
     clean = losses.sine(losses.Z).expand(len(noise))
-    options = {"directions": "gaussian", "baseline": baseline, "mirrored": mirrored}
+    options = {"directions": "gaussian", "baseline": baseline, "antithetic": antithetic}
     valid = torch.zeros_like(values).bool()
     valid[:, :40] = True
     broken = values.where(valid, torch.nan)
@@ -260,16 +260,16 @@ def test_copies_that_do_not_exist_are_left_out(baseline, mirrored):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_rows_draw_the_same_wherever_they_are(kind, mirrored):
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_rows_draw_the_same_wherever_they_are(kind, antithetic):
     copies, width = (64, 2) if kind == "sobol" else (10, 4)
-    whole = draw_noise(kind, KEY, 9, copies, width, mirrored=mirrored)
+    whole = draw_noise(kind, KEY, 9, copies, width, antithetic=antithetic)
     assert whole.shape == (9, copies, width)
     assert whole.dtype == np.float32
-    part = draw_noise(kind, KEY, 4, copies, width, mirrored=mirrored, first_row=5)
+    part = draw_noise(kind, KEY, 4, copies, width, antithetic=antithetic, first_row=5)
     assert (whole[5:] == part).all()
-    assert not (whole == draw_noise(kind, KEY.named("other"), 9, copies, width, mirrored=mirrored)).all()
-    if mirrored:
+    assert not (whole == draw_noise(kind, KEY.named("other"), 9, copies, width, antithetic=antithetic)).all()
+    if antithetic:
         assert (whole[:, 0::2] == -whole[:, 1::2]).all()
 
 
@@ -304,4 +304,4 @@ def test_sobol_sets_start_well_and_are_refused_where_they_do_harm():
         with pytest.raises(RewriteError, match="Sobol"):
             draw_noise("sobol", KEY, 1, copies, width)
     with pytest.raises(RewriteError, match="do not make pairs"):
-        draw_noise("gaussian", KEY, 1, 3, 2, mirrored=True)
+        draw_noise("gaussian", KEY, 1, 3, 2, antithetic=True)

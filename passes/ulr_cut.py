@@ -1,0 +1,301 @@
+"""`UlrCut`: the gradient of a value comes from losses of noisy copies of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import fx
+
+from rewriter.runtime.boxes import Box
+from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.estimators.cut_options import CutOptions
+from rewriter.runtime.ledger import Ledger
+from rewriter.runtime.noisy_tail import Roles
+from rewriter.runtime.rule import Rule
+from rewriter.runtime.segment import Segment
+from rewriter.runtime.stacking import Layout
+from rewriter.runtime.ulr_cut import TailFacts, UlrCutRule, anchor
+
+from .base import Entry, Refused
+from .behind import CUT, Behind, against, behind, dropouts, tail_graph, trainable_of, unreachable, with_masks
+from .emit import emit_segment
+from .program import Cost, Program, Region, Value, holds_box, is_box_call, reach
+from .regions import calls_at, inputs_of, outputs_of
+from .structure.operations import writes
+from .targets import Place, Target, resolve
+
+_PREFIX_RATIO = 3.0  # forward and backward in units of the forward
+_MOST_RATIO = 1e4
+
+
+@dataclass(frozen=True)
+class UlrCut(Entry):
+    """Cut the tape at a value: what follows is evaluated on noisy copies, forward only (likelihood ratio).
+
+    target: the module whose result is cut, `encoder` or `encoder:out`; `cell@5` cuts a loop behind its sixth call.
+    copies: of each row; "auto" sets them from the measured noise and the costs of the tail and of the rest.
+    sigma: of the noise, one number or one for each element of a row; "auto": a tenth of the value's deviation, more
+        where the losses of copies would not differ by more than rounding.
+    directions: "orthogonal" (blocks of Haar frames with Gaussian lengths), "gaussian", "laplace", or "sobol" (refused
+        below 16 points a dimension).
+    baseline: "clean" (the loss without noise), "leave-one-out", "constant", "none"; "auto": leave-one-out from 8
+        copies on.
+    antithetic: copies in pairs of opposite noise; pays where curvature dominates slope.
+    allocation: "uniform"; "doubt": more copies for rows with a larger 1 - exp(-loss), which is 1 - p_y for a mean
+        cross-entropy; "norm": for rows whose gradient a pilot (a quarter of the copies, which count) finds longer.
+    max_rows: rows of one evaluation (memory); max_failed: share of copies without a finite loss that is tolerated.
+
+    Parameters before the cut get the gradient of the loss smoothed over the noise, without bias; those behind it the
+    exact one of the clean loss. What lies behind may be a box, frozen, or discontinuous; dropout there keeps the clean
+    pass's masks. The loss given to `rewrite` must have rows. Refuses what couples rows behind the cut (BatchNorm in
+    training), random numbers that cannot be replayed, and trainable parameters whose only way to the loss has no
+    derivative. Source: arXiv 2305.08960 (ULR); 2410.05966 (allocation).
+    """
+
+    name: ClassVar[str] = "ulr-cut"
+    ahead: ClassVar[bool] = True
+
+    target: Target
+    copies: int | str = "auto"
+    sigma: float | Sequence[float] | str = "auto"
+    directions: str = "orthogonal"
+    baseline: str = "auto"
+    antithetic: bool = False
+    allocation: str = "uniform"
+    max_rows: int | None = None
+    max_failed: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._options()
+
+    def _options(self) -> CutOptions:
+        chosen = {field.name: getattr(self, field.name) for field in fields(CutOptions)}
+        return CutOptions(**chosen)
+
+    def apply(self, program: Program) -> Program | Refused:
+        for place in resolve(self.target, program.model):
+            calls = calls_at(self, place, program)
+            if isinstance(calls, Refused):
+                return calls
+            for call in calls:
+                outcome = _cut(self, place, call, program)
+                if isinstance(outcome, Refused):
+                    return outcome
+                program = outcome
+        return program
+
+    def rule(
+        self, program: Program, region: Region, segment: Segment, ledger: Ledger, known: Rule | None
+    ) -> UlrCutRule:
+        cut, sides, outputs = _parts(program, region)
+        tail = behind(program, cut)
+        assert not isinstance(tail, Refused)
+        _check_reached(self, program, region, tail)
+        code = emit_segment(f"{region.name} tail", tail_graph(program, cut, tail), program)
+        given = inputs_of(program, region)
+        # The tail takes the graph's own values; the region reads those before the cut, which are the same numbers.
+        values = tuple([given.index(node) for node in program.node(region.owned[0]).args[0]])  # type: ignore[union-attr, arg-type]
+        roles = Roles(
+            values,
+            tuple(map(given.index, sides)),
+            tuple(map(given.index, outputs)),
+            tuple([_layout(program, node) for node in (*cut, *sides)]),
+            max((_width(program, node) for node in (*tail.nodes, *cut, *sides)), default=1),
+        )
+        rule = UlrCutRule(code, roles, self._options(), _facts(program, tail), ledger)
+        if isinstance(known, UlrCutRule):
+            rule.learn_with(known)
+        return rule
+
+    def supplies(self, program: Program, region: Region) -> frozenset[int]:
+        given = inputs_of(program, region)
+        return frozenset(given.index(node) for node in program.node(region.owned[0]).args[0])  # type: ignore[union-attr, arg-type]
+
+
+def _cut(entry: UlrCut, place: Place, call: Region, program: Program) -> Program | Refused:
+    found = _values(call, program)
+    if isinstance(found, Refused):
+        return found
+    inside = set(call.owned)
+    graph = program.edit()
+    own = {node.name: node for node in graph.nodes}
+    values = dict(program.values)
+    passed: list[str] = []
+    for name in found:
+        node = own[name]
+        users = [user for user in node.users if user.name not in inside]
+        copied = any(user.all_input_nodes[:1] == [node] and writes(user, program.module) for user in users)
+        last = own[call.owned[-1]]
+        with graph.inserting_after(last):
+            new = graph.call_method("detach", (node,))
+        new.meta[CUT] = True
+        if copied:  # a write in place must not reach the value that is kept
+            with graph.inserting_after(new):
+                new = graph.call_method("clone", (new,))
+        for each in {new, new.all_input_nodes[0]} - {node}:
+            each.meta["block"] = _around(node, place)
+            values[each.name] = _detached(program.values[name])
+        for user in users:
+            user.replace_input_with(node, new)
+        passed.append(new.name)
+    program = _blocked(program.with_(graph=graph, values=values), passed)
+    return _anchored(entry, call, found, passed, program)
+
+
+def _values(call: Region, program: Program) -> list[str] | Refused:
+    """Names of the floating tensors that a call returns."""
+    found: list[str] = []
+    for node in outputs_of(program, call):
+        value = program.values.get(node.name)
+        if not isinstance(value, Value):
+            return Refused(
+                f"{call.name}: {node.name}",
+                "a tuple as a whole, or a number, crosses the cut",
+                "take tuples apart where they are returned",
+            )
+        if not value.dtype.is_floating_point:
+            continue
+        if value.rows is None:
+            return Refused(
+                f"{call.name}: {node.name}",
+                f"no row index was found in the value {value}: it did not change with the batch size, or the model "
+                "takes one batch size only",
+                "cut where every row has its own value",
+            )
+        found.append(node.name)
+    if not found:
+        return Refused(call.name, "it returns no floating tensor that anything reads", "cut behind another module")
+    if not any(_differentiable(program, name) for name in found):
+        return Refused(
+            call.name, "nothing before the cut is trained", "take the entry out, or cut where something before it is"
+        )
+    return found
+
+
+def _anchored(entry: UlrCut, call: Region, found: list[str], passed: list[str], program: Program) -> Program | Refused:
+    """With the region: one node behind everything that it reads."""
+    cut = [program.node(name) for name in passed]
+    tail = behind(program, cut)
+    if not isinstance(tail, Refused):
+        masked = with_masks(program, dropouts(tail, program))
+        if isinstance(masked, Refused):
+            return masked
+        program = masked
+        cut = [program.node(name) for name in passed]
+        tail = behind(program, cut)
+    if isinstance(tail, Refused):
+        return tail
+    refused = against(tail, cut, program)
+    if refused is not None:
+        return refused
+    graph = program.edit()
+    own = {node.name: node for node in graph.nodes}
+    outputs = graph.output_node().all_input_nodes
+    with graph.inserting_before(graph.output_node()):
+        node = graph.call_function(
+            anchor,
+            (tuple(own[name] for name in found), tuple(own[side.name] for side in tail.sides), tuple(outputs)),
+        )
+    node.meta["block"] = ()
+    like = program.values[found[0]]
+    assert isinstance(like, Value)
+    values = {**program.values, node.name: Value((), like.dtype, None, True)}
+    region = Region(call.name, entry, call.target, (node.name,), tuple(passed))
+    return program.with_(graph=graph, values=values, regions=(*program.regions, region))
+
+
+def _parts(program: Program, region: Region) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
+    """Values behind the cut, sides, and outputs."""
+    _, sides, outputs = program.node(region.owned[0]).args
+    cut = [program.node(name) for name in region.parts]
+    return cut, list(sides), list(outputs)  # type: ignore[arg-type]
+
+
+def _around(node: fx.Node, place: Place) -> tuple[Any, ...]:
+    """The calls that a node behind the module's call belongs to."""
+    block = node.meta.get("block", ())
+    names = [name for name, _ in block]
+    return tuple(block[: names.index(place.module)]) if place.module in names else tuple(block)
+
+
+def _detached(value: Any) -> Any:
+    return Value(value.shape, value.dtype, value.rows, False)
+
+
+def _differentiable(program: Program, name: str) -> bool:
+    value = program.values.get(name)
+    return isinstance(value, Value) and value.differentiable
+
+
+def _blocked(program: Program, passed: Sequence[str]) -> Program:
+    """With what is differentiable behind the cut only through it marked as no longer so."""
+    values = dict(program.values)
+    after = set(reach([program.node(name) for name in passed]))
+    for node in program.graph.nodes:
+        if node not in after or not any(map(_followed, _flat(values.get(node.name)))):
+            continue
+        sources = any(_followed(v) for source in node.all_input_nodes for v in _flat(values.get(source.name)))
+        if not sources and not any(trainable_of(node, program)):
+            value = values[node.name]
+            values[node.name] = (
+                tuple(None if v is None else _detached(v) for v in value)
+                if isinstance(value, tuple)
+                else _detached(value)
+            )
+    return program.with_(values=values)
+
+
+def _flat(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _followed(value: Any) -> bool:
+    return isinstance(value, Value) and value.differentiable
+
+
+def _layout(program: Program, node: fx.Node) -> Layout | None:
+    value = program.values[node.name]
+    assert isinstance(value, Value)
+    return None if value.rows is None else Layout(value.rows.dimension, value.rows.multiplicity)
+
+
+def _width(program: Program, node: fx.Node) -> int:
+    value = program.values.get(node.name)
+    return value.width if isinstance(value, Value) and value.rows is not None else 1
+
+
+def _facts(program: Program, tail: Behind) -> TailFacts:
+    boxes = [node for node in tail.nodes if is_box_call(node, program)]
+    held = [program.module(str(n.target)) for n in tail.nodes if n.op == "call_module"]
+    boxed = bool(boxes) or any(map(holds_box, held))
+    noisy = any(
+        isinstance(part, Box) and (part.noisy or getattr(part, "seed", None) is not None)
+        for module in held
+        for part in module.modules()
+    )
+    trained = any(name for node in tail.nodes for name in trainable_of(node, program))
+    inside = {node.name for node in tail.nodes}
+    cost = sum((program.costs.get(name, Cost()) for name in inside), Cost()).flops
+    rest = sum((c for name, c in program.costs.items() if name not in inside), Cost()).flops
+    ratio = (_PREFIX_RATIO * rest + (_PREFIX_RATIO if trained else 1) * cost) / max(1, cost)
+    return TailFacts("box" if boxed else "trainable" if trained else "frozen", min(ratio, _MOST_RATIO), noisy)
+
+
+def _check_reached(entry: UlrCut, program: Program, region: Region, tail: Behind) -> None:
+    cuts = [node for each in program.regions if isinstance(each.entry, UlrCut) for node in _before(program, each)]
+    found = unreachable(program, tail, [*program.graph.output_node().all_input_nodes, *cuts])
+    if found is not None:
+        name, obstacle = found
+        raise RewriteError(
+            f"{name} lies behind a cut and has no way to the loss that has a derivative",
+            where=region.name,
+            why=f"behind {entry} parameters get the exact gradient of the clean loss, and {obstacle} has none",
+            remedy="freeze it with requires_grad_(False), cut behind it, or add a UlrCut between it and that operation",
+        )
+
+
+def _before(program: Program, region: Region) -> list[fx.Node]:
+    return list(program.node(region.owned[0]).args[0])  # type: ignore[arg-type]
