@@ -24,9 +24,10 @@ _RANDOM = frozenset(
         *("alpha_dropout", "feature_alpha_dropout"),
     )
 )
-_STEPS = frozenset(
+_FLAT = frozenset(
     (
         *("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "signbit", "heaviside", "floor_divide", "floordiv"),
+        *("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "detach"),
         *("gt", "ge", "lt", "le", "eq", "ne", "argmax", "argmin", "argsort", "one_hot", "searchsorted", "bucketize"),
     )
 )
@@ -210,26 +211,20 @@ def trainable_of(node: fx.Node, program: Program) -> Iterator[str]:
             yield str(node.target)
 
 
-def unreachable(program: Program, tail: Behind, ends: Sequence[fx.Node]) -> tuple[str, str] | None:
-    """A trainable parameter behind a cut whose every way to the loss is a step or a box: (its name, the obstacle).
+def obstacles(program: Program, tail: Behind, ends: Sequence[fx.Node]) -> dict[fx.Node, str]:
+    """Nodes of a tail whose every way to the loss meets an operation without a derivative, and the first such.
 
     ends: where gradients come from: the model's outputs, and values at further cuts.
     """
-    carries: set[fx.Node] = set()
-    obstacle: dict[fx.Node, str] = {}
+    inside = set(tail.nodes)
+    found: dict[fx.Node, str] = {}
     for node in reversed(tail.nodes):
-        users = [user for user in node.users if user in set(tail.nodes)]
-        if node in ends or any(user in carries for user in users):
-            if _smooth(node, program):
-                carries.add(node)
-            else:
-                obstacle[node] = name_of(node, program.module)
-        else:
-            obstacle[node] = next((obstacle[user] for user in users if user in obstacle), "")
-        names = list(trainable_of(node, program))
-        if names and node not in carries and obstacle[node]:
-            return names[0], obstacle[node]
-    return None
+        users = [user for user in node.users if user in inside]
+        if node not in ends and users and all(user in found for user in users):
+            found[node] = found[users[0]]
+        elif not _smooth(node, program):
+            found[node] = name_of(node, program.module)
+    return found
 
 
 def _smooth(node: fx.Node, program: Program) -> bool:
@@ -238,4 +233,4 @@ def _smooth(node: fx.Node, program: Program) -> bool:
     value = program.values.get(node.name)
     if isinstance(value, Value) and not value.dtype.is_floating_point:
         return False
-    return not is_box_call(node, program) and name_of(node, program.module) not in _STEPS
+    return not is_box_call(node, program) and name_of(node, program.module) not in _FLAT

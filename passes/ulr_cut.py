@@ -19,7 +19,7 @@ from rewriter.runtime.stacking import Layout
 from rewriter.runtime.ulr_cut import TailFacts, UlrCutRule, anchor
 
 from .base import Entry, Refused
-from .behind import CUT, Behind, against, behind, dropouts, tail_graph, trainable_of, unreachable, with_masks
+from .behind import CUT, Behind, against, behind, dropouts, obstacles, tail_graph, trainable_of, with_masks
 from .emit import emit_segment
 from .program import Cost, Program, Region, Value, holds_box, is_box_call, reach
 from .regions import calls_at, inputs_of, outputs_of
@@ -105,7 +105,7 @@ class UlrCut(Entry):
             tuple([_layout(program, node) for node in (*cut, *sides)]),
             max((_width(program, node) for node in (*tail.nodes, *cut, *sides)), default=1),
         )
-        rule = UlrCutRule(code, roles, self._options(), _facts(program, tail), ledger)
+        rule = UlrCutRule(code, roles, self._options(), _facts(program, cut, tail), ledger)
         if isinstance(known, UlrCutRule):
             rule.learn_with(known)
         return rule
@@ -267,7 +267,7 @@ def _width(program: Program, node: fx.Node) -> int:
     return value.width if isinstance(value, Value) and value.rows is not None else 1
 
 
-def _facts(program: Program, tail: Behind) -> TailFacts:
+def _facts(program: Program, cut: Sequence[fx.Node], tail: Behind) -> TailFacts:
     boxes = [node for node in tail.nodes if is_box_call(node, program)]
     held = [program.module(str(n.target)) for n in tail.nodes if n.op == "call_module"]
     boxed = bool(boxes) or any(map(holds_box, held))
@@ -277,24 +277,27 @@ def _facts(program: Program, tail: Behind) -> TailFacts:
         for part in module.modules()
     )
     trained = any(name for node in tail.nodes for name in trainable_of(node, program))
+    inside_nodes = set(tail.nodes)
     inside = {node.name for node in tail.nodes}
     cost = sum((program.costs.get(name, Cost()) for name in inside), Cost()).flops
     rest = sum((c for name, c in program.costs.items() if name not in inside), Cost()).flops
     ratio = (_PREFIX_RATIO * rest + (_PREFIX_RATIO if trained else 1) * cost) / max(1, cost)
-    return TailFacts("box" if boxed else "trainable" if trained else "frozen", min(ratio, _MOST_RATIO), noisy)
+    blocked = obstacles(program, tail, program.graph.output_node().all_input_nodes)
+    stepped = all(user in blocked or user not in inside_nodes for node in cut for user in node.users)
+    kind = "box" if boxed else "steps" if stepped else "trainable" if trained else "frozen"
+    return TailFacts(kind, min(ratio, _MOST_RATIO), noisy)
 
 
 def _check_reached(entry: UlrCut, program: Program, region: Region, tail: Behind) -> None:
     cuts = [node for each in program.regions if isinstance(each.entry, UlrCut) for node in _before(program, each)]
-    found = unreachable(program, tail, [*program.graph.output_node().all_input_nodes, *cuts])
-    if found is not None:
-        name, obstacle = found
-        raise RewriteError(
-            f"{name} lies behind a cut and has no way to the loss that has a derivative",
-            where=region.name,
-            why=f"behind {entry} parameters get the exact gradient of the clean loss, and {obstacle} has none",
-            remedy="freeze it with requires_grad_(False), cut behind it, or add a UlrCut between it and that operation",
-        )
+    for node, obstacle in obstacles(program, tail, [*program.graph.output_node().all_input_nodes, *cuts]).items():
+        for name in trainable_of(node, program):
+            raise RewriteError(
+                f"{name} lies behind a cut and has no way to the loss that has a derivative",
+                where=region.name,
+                why=f"behind {entry} parameters get the exact gradient of the clean loss, and {obstacle} has none",
+                remedy="freeze it with requires_grad_(False), cut behind it, or add a UlrCut between the two",
+            )
 
 
 def _before(program: Program, region: Region) -> list[fx.Node]:

@@ -182,7 +182,7 @@ def _of_cut(
     rule: UlrCutRule, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]
 ) -> tuple[Gradients, str]:
     """Autograd through what follows the cut, where it says anything; else many more copies."""
-    if rule.facts.kind != "box":
+    if rule.facts.kind not in ("box", "steps"):
         found = rule.exact(call, taken, cotangents, needed)
         if any(gradient is not None and bool(gradient.any()) for gradient in found):
             return found, "autograd of the clean loss"

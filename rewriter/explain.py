@@ -90,6 +90,7 @@ def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
 
 _TAILS = {
     "box": "what follows holds a box: there is no derivative to take instead",
+    "steps": "every way to the loss meets an operation without a derivative: the ordinary tape would give zero",
     "frozen": "what follows is frozen: its backward and what it would keep are saved",
     "trainable": "what follows is trained: its parameters get the exact gradient of the clean loss",
 }
@@ -117,10 +118,10 @@ def _ulr_cut(facts: dict[str, Any]) -> list[str]:
             f"  cost: {facts['rows_per_backward']:,} rows forward through what follows the cut per backward; "
             "what is kept does not grow with copies"
         )
-    if facts["tail"] != "box":
+    if facts["tail"] in ("frozen", "trainable"):
         lines.append(
             "  simpler: without the entry the gradient is exact, for about two forwards of what follows instead of "
-            f"{facts['copies']}; the cut pays where that is discontinuous, or its activations do not fit"
+            f"{facts['copies']}; the cut pays where its activations do not fit, or to train under noise"
         )
     return lines
 

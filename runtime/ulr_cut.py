@@ -54,7 +54,8 @@ class _Memory:
 class TailFacts:
     """What is known of a tail before it runs.
 
-    kind: "box" (no derivative), "frozen" or "trainable"; ratio: cost of a step without copies in units of one copy.
+    kind: "box", "steps" (every way to the loss meets an operation without a derivative), "frozen" or "trainable";
+    ratio: cost of a step without copies in units of one copy; noisy: it holds a box whose answers vary.
     """
 
     kind: str

@@ -48,15 +48,18 @@ def accuracy(plan, epochs):
             optimizer.step()
     with torch.no_grad():
         found = float((model(unseen).argmax(1) == truth).float().mean())
-    return found, float((model.current.weight - before).norm() / before.norm()), step
+        return found, float((model.current.weight - before).norm() / before.norm()), step
 
 
 def test_digits_through_true_spikes():
+    batch = [each[:50] for each in digits()[0]]
     found, moved, step = accuracy(UlrCut("current", copies=12, sigma=0.2), epochs=10)
     assert found >= 0.9
     assert moved > 0.2
     counts = step.ledger["current"]
     assert counts.probes == 10 * 1400 * 12
+    assert "the ordinary tape would give zero" in step.explain()
+    assert "times the copies" in str(step.check(*batch[:1], target=batch[1]))
     # Negative control: without the cut the layer before the spikes gets no gradient at all.
     _, moved, _ = accuracy([], epochs=1)
     assert moved == 0
