@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import fx
+from torch import fx, nn
 
 from rewriter.runtime.boxes import Box
 from rewriter.runtime.errors import RewriteError
@@ -16,14 +16,15 @@ from rewriter.runtime.noisy_tail import Roles
 from rewriter.runtime.rule import Rule
 from rewriter.runtime.segment import Segment
 from rewriter.runtime.stacking import Layout
-from rewriter.runtime.ulr_cut import TailFacts, UlrCutRule, anchor
+from rewriter.runtime.ulr_cut import TailFacts, UlrCutRule
 
 from .base import Entry, Refused
-from .behind import CUT, Behind, against, behind, dropouts, obstacles, tail_graph, trainable_of, with_masks
+from .behind import Behind, behind, obstacles, tail_graph, trainable_of
+from .cutting import cut_at
 from .emit import emit_segment
-from .program import Cost, Program, Region, Value, holds_box, is_box_call, reach
-from .regions import calls_at, inputs_of, outputs_of
-from .structure.operations import writes
+from .program import Cost, Program, Region, Value, holds_box, is_box_call
+from .regions import calls_at, inputs_of
+from .sub_chains import Link, links
 from .targets import Place, Target, resolve
 
 _PREFIX_RATIO = 3.0  # forward and backward in units of the forward
@@ -43,6 +44,9 @@ class UlrCut(Entry):
     baseline: "clean" (the loss without noise), "leave-one-out", "constant", "none"; "auto": leave-one-out from 8
         copies on.
     antithetic: copies in pairs of opposite noise; pays where curvature dominates slope.
+    every: cut a chain into sub-chains of so many links: calls of a cell in a loop, children of a list of blocks, steps
+        of an `nn.RNN`, `nn.GRU` or `nn.LSTM`. Only what hands the state on is cut: losses within a sub-chain are
+        differentiated exactly, and the last sub-chain whole.
     allocation: "uniform"; "doubt": more copies for rows with a larger 1 - exp(-loss), which is 1 - p_y for a mean
         cross-entropy; "norm": for rows whose gradient a pilot (a quarter of the copies, which count) finds longer.
     max_rows: rows of one evaluation (memory); max_failed: share of copies without a finite loss that is tolerated.
@@ -63,6 +67,7 @@ class UlrCut(Entry):
     directions: str = "orthogonal"
     baseline: str = "auto"
     antithetic: bool = False
+    every: int | None = None
     allocation: str = "uniform"
     max_rows: int | None = None
     max_failed: float = 0.5
@@ -70,6 +75,12 @@ class UlrCut(Entry):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._options()
+        if self.every is not None and (
+            not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1
+        ):
+            raise RewriteError(
+                f"every={self.every!r} is no number of links", where="UlrCut", remedy="a whole number from 1"
+            )
 
     def _options(self) -> CutOptions:
         chosen = {field.name: getattr(self, field.name) for field in fields(CutOptions)}
@@ -77,15 +88,28 @@ class UlrCut(Entry):
 
     def apply(self, program: Program) -> Program | Refused:
         for place in resolve(self.target, program.model):
-            calls = calls_at(self, place, program)
-            if isinstance(calls, Refused):
-                return calls
-            for call in calls:
-                outcome = _cut(self, place, call, program)
+            found = self._links(place, program)
+            if isinstance(found, Refused):
+                return found
+            program, ends = found
+            for link in ends:
+                outcome = cut_at(self, link, program)
                 if isinstance(outcome, Refused):
                     return outcome
                 program = outcome
         return program
+
+    def _links(self, place: Place, program: Program) -> tuple[Program, list[Link]] | Refused:
+        if self.every is not None:
+            return links(self, place, self.every, program)
+        calls = calls_at(self, place, program)
+        return calls if isinstance(calls, Refused) else (program, [Link(call) for call in calls])
+
+    def wholes(self, model: nn.Module) -> frozenset[str]:
+        if self.every is None:
+            return frozenset()
+        named = {place.module for place in resolve(self.target, model)}
+        return frozenset(name for name in named if isinstance(model.get_submodule(name), nn.RNNBase))
 
     def rule(
         self, program: Program, region: Region, segment: Segment, ledger: Ledger, known: Rule | None
@@ -115,145 +139,11 @@ class UlrCut(Entry):
         return frozenset(given.index(node) for node in program.node(region.owned[0]).args[0])  # type: ignore[union-attr, arg-type]
 
 
-def _cut(entry: UlrCut, place: Place, call: Region, program: Program) -> Program | Refused:
-    found = _values(call, program)
-    if isinstance(found, Refused):
-        return found
-    inside = set(call.owned)
-    graph = program.edit()
-    own = {node.name: node for node in graph.nodes}
-    values = dict(program.values)
-    passed: list[str] = []
-    for name in found:
-        node = own[name]
-        users = [user for user in node.users if user.name not in inside]
-        copied = any(user.all_input_nodes[:1] == [node] and writes(user, program.module) for user in users)
-        last = own[call.owned[-1]]
-        with graph.inserting_after(last):
-            new = graph.call_method("detach", (node,))
-        new.meta[CUT] = True
-        if copied:  # a write in place must not reach the value that is kept
-            with graph.inserting_after(new):
-                new = graph.call_method("clone", (new,))
-        for each in {new, new.all_input_nodes[0]} - {node}:
-            each.meta["block"] = _around(node, place)
-            values[each.name] = _detached(program.values[name])
-        for user in users:
-            user.replace_input_with(node, new)
-        passed.append(new.name)
-    program = _blocked(program.with_(graph=graph, values=values), passed)
-    return _anchored(entry, call, found, passed, program)
-
-
-def _values(call: Region, program: Program) -> list[str] | Refused:
-    """Names of the floating tensors that a call returns."""
-    found: list[str] = []
-    for node in outputs_of(program, call):
-        value = program.values.get(node.name)
-        if not isinstance(value, Value):
-            return Refused(
-                f"{call.name}: {node.name}",
-                "a tuple as a whole, or a number, crosses the cut",
-                "take tuples apart where they are returned",
-            )
-        if not value.dtype.is_floating_point:
-            continue
-        if value.rows is None:
-            return Refused(
-                f"{call.name}: {node.name}",
-                f"no row index was found in the value {value}: it did not change with the batch size, or the model "
-                "takes one batch size only",
-                "cut where every row has its own value",
-            )
-        found.append(node.name)
-    if not found:
-        return Refused(call.name, "it returns no floating tensor that anything reads", "cut behind another module")
-    if not any(_differentiable(program, name) for name in found):
-        return Refused(
-            call.name, "nothing before the cut is trained", "take the entry out, or cut where something before it is"
-        )
-    return found
-
-
-def _anchored(entry: UlrCut, call: Region, found: list[str], passed: list[str], program: Program) -> Program | Refused:
-    """With the region: one node behind everything that it reads."""
-    cut = [program.node(name) for name in passed]
-    tail = behind(program, cut)
-    if not isinstance(tail, Refused):
-        masked = with_masks(program, dropouts(tail, program))
-        if isinstance(masked, Refused):
-            return masked
-        program = masked
-        cut = [program.node(name) for name in passed]
-        tail = behind(program, cut)
-    if isinstance(tail, Refused):
-        return tail
-    refused = against(tail, cut, program)
-    if refused is not None:
-        return refused
-    graph = program.edit()
-    own = {node.name: node for node in graph.nodes}
-    outputs = graph.output_node().all_input_nodes
-    with graph.inserting_before(graph.output_node()):
-        node = graph.call_function(
-            anchor,
-            (tuple(own[name] for name in found), tuple(own[side.name] for side in tail.sides), tuple(outputs)),
-        )
-    node.meta["block"] = ()
-    like = program.values[found[0]]
-    assert isinstance(like, Value)
-    values = {**program.values, node.name: Value((), like.dtype, None, True)}
-    region = Region(call.name, entry, call.target, (node.name,), tuple(passed))
-    return program.with_(graph=graph, values=values, regions=(*program.regions, region))
-
-
 def _parts(program: Program, region: Region) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
     """Values behind the cut, sides, and outputs."""
     _, sides, outputs = program.node(region.owned[0]).args
     cut = [program.node(name) for name in region.parts]
     return cut, list(sides), list(outputs)  # type: ignore[arg-type]
-
-
-def _around(node: fx.Node, place: Place) -> tuple[Any, ...]:
-    """The calls that a node behind the module's call belongs to."""
-    block = node.meta.get("block", ())
-    names = [name for name, _ in block]
-    return tuple(block[: names.index(place.module)]) if place.module in names else tuple(block)
-
-
-def _detached(value: Any) -> Any:
-    return Value(value.shape, value.dtype, value.rows, False)
-
-
-def _differentiable(program: Program, name: str) -> bool:
-    value = program.values.get(name)
-    return isinstance(value, Value) and value.differentiable
-
-
-def _blocked(program: Program, passed: Sequence[str]) -> Program:
-    """With what is differentiable behind the cut only through it marked as no longer so."""
-    values = dict(program.values)
-    after = set(reach([program.node(name) for name in passed]))
-    for node in program.graph.nodes:
-        if node not in after or not any(map(_followed, _flat(values.get(node.name)))):
-            continue
-        sources = any(_followed(v) for source in node.all_input_nodes for v in _flat(values.get(source.name)))
-        if not sources and not any(trainable_of(node, program)):
-            value = values[node.name]
-            values[node.name] = (
-                tuple(None if v is None else _detached(v) for v in value)
-                if isinstance(value, tuple)
-                else _detached(value)
-            )
-    return program.with_(values=values)
-
-
-def _flat(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _followed(value: Any) -> bool:
-    return isinstance(value, Value) and value.differentiable
 
 
 def _layout(program: Program, node: fx.Node) -> Layout | None:

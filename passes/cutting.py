@@ -1,0 +1,155 @@
+"""A value taken off the tape: what follows it reads a detached copy, and a region behind all supplies its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from rewriter.runtime.ulr_cut import anchor
+
+from .base import Entry, Refused
+from .behind import CUT, against, behind, dropouts, trainable_of, with_masks
+from .program import Program, Region, Value, reach
+from .regions import outputs_of
+from .structure.operations import writes
+from .sub_chains import Link, read_onward
+
+
+def cut_at(entry: Entry, link: Link, program: Program) -> Program | Refused:
+    """The program cut behind a call, with the region that supplies the gradient there."""
+    call = link.call
+    found = _values(link, program)
+    if isinstance(found, Refused):
+        return found
+    graph = program.edit()
+    own = {node.name: node for node in graph.nodes}
+    values = dict(program.values)
+    passed: list[str] = []
+    for name in found:
+        node = own[name]
+        users = read_onward(node, call.owned, link.onward)
+        copied = any(user.all_input_nodes[:1] == [node] and writes(user, program.module) for user in users)
+        last = own[call.owned[-1]]
+        with graph.inserting_after(last):
+            new = graph.call_method("detach", (node,))
+        new.meta[CUT] = True
+        if copied:  # a write in place must not reach the value that is kept
+            with graph.inserting_after(new):
+                new = graph.call_method("clone", (new,))
+        for each in {new, new.all_input_nodes[0]} - {node}:
+            each.meta["block"] = _around(node, call.target)
+            values[each.name] = _detached(program.values[name])
+        for user in users:
+            user.replace_input_with(node, new)
+        passed.append(new.name)
+    program = _blocked(program.with_(graph=graph, values=values), passed)
+    return _anchored(entry, call, found, passed, program)
+
+
+def _values(link: Link, program: Program) -> list[str] | Refused:
+    """Names of the floating tensors that a call returns, and that the next one needs where there is one."""
+    found: list[str] = []
+    call = link.call
+    for node in outputs_of(program, call):
+        if not read_onward(node, call.owned, link.onward):
+            continue
+        value = program.values.get(node.name)
+        if not isinstance(value, Value):
+            return Refused(
+                f"{call.name}: {node.name}",
+                "a tuple as a whole, or a number, crosses the cut",
+                "take tuples apart where they are returned",
+            )
+        if not value.dtype.is_floating_point:
+            continue
+        if value.rows is None:
+            return Refused(
+                f"{call.name}: {node.name}",
+                f"no row index was found in the value {value}: it did not change with the batch size, or the model "
+                "takes one batch size only",
+                "cut where every row has its own value",
+            )
+        found.append(node.name)
+    if not found:
+        return Refused(call.name, "it returns no floating tensor that anything reads", "cut behind another module")
+    if not any(_differentiable(program, name) for name in found):
+        return Refused(
+            call.name, "nothing before the cut is trained", "take the entry out, or cut where something before it is"
+        )
+    return found
+
+
+def _anchored(entry: Entry, call: Region, found: list[str], passed: list[str], program: Program) -> Program | Refused:
+    """With the region: one node behind everything that it reads."""
+    cut = [program.node(name) for name in passed]
+    tail = behind(program, cut)
+    if not isinstance(tail, Refused):
+        masked = with_masks(program, dropouts(tail, program))
+        if isinstance(masked, Refused):
+            return masked
+        program = masked
+        cut = [program.node(name) for name in passed]
+        tail = behind(program, cut)
+    if isinstance(tail, Refused):
+        return tail
+    refused = against(tail, cut, program)
+    if refused is not None:
+        return refused
+    graph = program.edit()
+    own = {node.name: node for node in graph.nodes}
+    outputs = graph.output_node().all_input_nodes
+    with graph.inserting_before(graph.output_node()):
+        node = graph.call_function(
+            anchor,
+            (tuple(own[name] for name in found), tuple(own[side.name] for side in tail.sides), tuple(outputs)),
+        )
+    node.meta["block"] = ()
+    like = program.values[found[0]]
+    assert isinstance(like, Value)
+    values = {**program.values, node.name: Value((), like.dtype, None, True)}
+    region = Region(call.name, entry, call.target, (node.name,), tuple(passed))
+    return program.with_(graph=graph, values=values, regions=(*program.regions, region))
+
+
+def _around(node: fx.Node, module: str) -> tuple[Any, ...]:
+    """The calls that a node behind the module's call belongs to."""
+    block = node.meta.get("block", ())
+    names = [name for name, _ in block]
+    return tuple(block[: names.index(module)]) if module in names else tuple(block)
+
+
+def _detached(value: Any) -> Any:
+    return Value(value.shape, value.dtype, value.rows, False)
+
+
+def _differentiable(program: Program, name: str) -> bool:
+    value = program.values.get(name)
+    return isinstance(value, Value) and value.differentiable
+
+
+def _blocked(program: Program, passed: Sequence[str]) -> Program:
+    """With what is differentiable behind the cut only through it marked as no longer so."""
+    values = dict(program.values)
+    after = set(reach([program.node(name) for name in passed]))
+    for node in program.graph.nodes:
+        if node not in after or not any(map(_followed, _flat(values.get(node.name)))):
+            continue
+        sources = any(_followed(v) for source in node.all_input_nodes for v in _flat(values.get(source.name)))
+        if not sources and not any(trainable_of(node, program)):
+            value = values[node.name]
+            values[node.name] = (
+                tuple(None if v is None else _detached(v) for v in value)
+                if isinstance(value, tuple)
+                else _detached(value)
+            )
+    return program.with_(values=values)
+
+
+def _flat(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _followed(value: Any) -> bool:
+    return isinstance(value, Value) and value.differentiable
