@@ -68,17 +68,6 @@ def behind(program: Program, cut: Sequence[fx.Node]) -> Behind | Refused:
     return Behind(tuple(sorted(found, key=order.__getitem__)), tuple(sorted(sides, key=order.__getitem__)))
 
 
-def tail_graph(program: Program, cut: Sequence[fx.Node], tail: Behind) -> fx.Graph:
-    """(*cut, *sides) -> the model's flat outputs. Further cuts just hand their values on."""
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(node.name) for node in (*cut, *tail.sides)}
-    for node in tail.nodes:
-        handed_on = node.meta.get(CUT)
-        copies[node] = copies[node.all_input_nodes[0]] if handed_on else graph.node_copy(node, copies.__getitem__)
-    graph.output(fx.node.map_arg(program.graph.output_node().args[0], copies.__getitem__))
-    return graph
-
-
 def dropouts(tail: Behind, program: Program) -> list[fx.Node]:
     """The dropouts behind a cut that do something."""
     return [node for node in tail.nodes if _drops(node, program)]

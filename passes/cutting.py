@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -11,18 +12,30 @@ from rewriter.runtime.ulr_cut import anchor
 
 from .base import Entry, Refused
 from .behind import CUT, against, behind, dropouts, trainable_of, with_masks
+from .course import outline_of
 from .program import Program, Region, Value, reach
 from .regions import outputs_of
 from .structure.operations import writes
 from .sub_chains import Link, read_onward
 
 
-def cut_at(entry: Entry, link: Link, program: Program) -> Program | Refused:
-    """The program cut behind a call, with the region that supplies the gradient there."""
+def cut_at(entry: Entry, links: Sequence[Link], name: str, program: Program) -> Program | Refused:
+    """The program cut behind each of some calls, with one region that supplies the gradients there."""
+    before: list[str] = []
+    passed: list[tuple[str, ...]] = []
+    for link in links:
+        found = _values(link, program)
+        if isinstance(found, Refused):
+            return found
+        program, names = _severed(link, found, program)
+        before += found
+        passed.append(names)
+    return _anchored(entry, Region(name, entry, links[0].call.target, (), tuple(passed)), before, program)
+
+
+def _severed(link: Link, found: Sequence[str], program: Program) -> tuple[Program, tuple[str, ...]]:
+    """The program with detached copies of values, and their names."""
     call = link.call
-    found = _values(link, program)
-    if isinstance(found, Refused):
-        return found
     graph = program.edit()
     own = {node.name: node for node in graph.nodes}
     values = dict(program.values)
@@ -44,8 +57,7 @@ def cut_at(entry: Entry, link: Link, program: Program) -> Program | Refused:
         for user in users:
             user.replace_input_with(node, new)
         passed.append(new.name)
-    program = _blocked(program.with_(graph=graph, values=values), passed)
-    return _anchored(entry, call, found, passed, program)
+    return _blocked(program.with_(graph=graph, values=values), passed), tuple(passed)
 
 
 def _values(link: Link, program: Program) -> list[str] | Refused:
@@ -81,36 +93,35 @@ def _values(link: Link, program: Program) -> list[str] | Refused:
     return found
 
 
-def _anchored(entry: Entry, call: Region, found: list[str], passed: list[str], program: Program) -> Program | Refused:
+def _anchored(entry: Entry, region: Region, before: Sequence[str], program: Program) -> Program | Refused:
     """With the region: one node behind everything that it reads."""
-    cut = [program.node(name) for name in passed]
-    tail = behind(program, cut)
-    if not isinstance(tail, Refused):
-        masked = with_masks(program, dropouts(tail, program))
-        if isinstance(masked, Refused):
-            return masked
-        program = masked
-        cut = [program.node(name) for name in passed]
-        tail = behind(program, cut)
+    first = [program.node(name) for name in region.parts[0]]
+    tail = behind(program, first)
     if isinstance(tail, Refused):
         return tail
-    refused = against(tail, cut, program)
+    masked = with_masks(program, dropouts(tail, program))
+    if isinstance(masked, Refused):
+        return masked
+    program = masked
+    cuts = [[program.node(name) for name in names] for names in region.parts]
+    tail, outline = behind(program, cuts[0]), outline_of(program, cuts)
+    if isinstance(tail, Refused) or isinstance(outline, Refused):
+        return tail if isinstance(tail, Refused) else outline  # type: ignore[return-value]
+    refused = against(tail, cuts[0], program)
     if refused is not None:
         return refused
     graph = program.edit()
     own = {node.name: node for node in graph.nodes}
-    outputs = graph.output_node().all_input_nodes
+    values = tuple([own[name] for name in before])
+    sides = tuple([own[side.name] for side in outline.sides])
     with graph.inserting_before(graph.output_node()):
-        node = graph.call_function(
-            anchor,
-            (tuple(own[name] for name in found), tuple(own[side.name] for side in tail.sides), tuple(outputs)),
-        )
+        node = graph.call_function(anchor, (values, sides, tuple(graph.output_node().all_input_nodes)))
     node.meta["block"] = ()
-    like = program.values[found[0]]
+    like = program.values[before[0]]
     assert isinstance(like, Value)
-    values = {**program.values, node.name: Value((), like.dtype, None, True)}
-    region = Region(call.name, entry, call.target, (node.name,), tuple(passed))
-    return program.with_(graph=graph, values=values, regions=(*program.regions, region))
+    known = {**program.values, node.name: Value((), like.dtype, None, True)}
+    region = replace(region, owned=(node.name,))
+    return program.with_(graph=graph, values=known, regions=(*program.regions, region))
 
 
 def _around(node: fx.Node, module: str) -> tuple[Any, ...]:

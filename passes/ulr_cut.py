@@ -12,17 +12,15 @@ from rewriter.runtime.boxes import Box
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.estimators.cut_options import CutOptions
 from rewriter.runtime.ledger import Ledger
-from rewriter.runtime.noisy_tail import Roles
 from rewriter.runtime.rule import Rule
 from rewriter.runtime.segment import Segment
-from rewriter.runtime.stacking import Layout
 from rewriter.runtime.ulr_cut import TailFacts, UlrCutRule
 
 from .base import Entry, Refused
-from .behind import Behind, behind, obstacles, tail_graph, trainable_of
+from .behind import Behind, behind, obstacles, trainable_of
+from .course import course_of, outline_of
 from .cutting import cut_at
-from .emit import emit_segment
-from .program import Cost, Program, Region, Value, holds_box, is_box_call
+from .program import Cost, Program, Region, holds_box, is_box_call
 from .regions import calls_at, inputs_of
 from .sub_chains import Link, links
 from .targets import Place, Target, resolve
@@ -92,8 +90,9 @@ class UlrCut(Entry):
             if isinstance(found, Refused):
                 return found
             program, ends = found
-            for link in ends:
-                outcome = cut_at(self, link, program)
+            chains = [(place.module, ends)] if self.every is not None else [(end.call.name, [end]) for end in ends]
+            for name, chain in chains:
+                outcome = cut_at(self, chain, name, program)
                 if isinstance(outcome, Refused):
                     return outcome
                 program = outcome
@@ -114,68 +113,57 @@ class UlrCut(Entry):
     def rule(
         self, program: Program, region: Region, segment: Segment, ledger: Ledger, known: Rule | None
     ) -> UlrCutRule:
-        cut, sides, outputs = _parts(program, region)
-        tail = behind(program, cut)
-        assert not isinstance(tail, Refused)
-        _check_reached(self, program, region, tail)
-        code = emit_segment(f"{region.name} tail", tail_graph(program, cut, tail), program)
+        cuts = [[program.node(name) for name in names] for names in region.parts]
+        outline = outline_of(program, cuts)
+        tails = [tail for cut in cuts if not isinstance(tail := behind(program, cut), Refused)]
+        assert not isinstance(outline, Refused)
+        _check_reached(self, program, region, tails[0])
         given = inputs_of(program, region)
-        # The tail takes the graph's own values; the region reads those before the cut, which are the same numbers.
-        values = tuple([given.index(node) for node in program.node(region.owned[0]).args[0]])  # type: ignore[union-attr, arg-type]
-        roles = Roles(
-            values,
-            tuple(map(given.index, sides)),
-            tuple(map(given.index, outputs)),
-            tuple([_layout(program, node) for node in (*cut, *sides)]),
-            max((_width(program, node) for node in (*tail.nodes, *cut, *sides)), default=1),
-        )
-        rule = UlrCutRule(code, roles, self._options(), _facts(program, cut, tail), ledger)
+        places = {node.name: place for place, node in enumerate(given)}
+        # What is read behind a cut are the same numbers as before it.
+        places |= dict(zip((node.name for cut in cuts for node in cut), _values(program, region), strict=True))
+        course = course_of(program, cuts, outline, places, region.name)
+        rule = UlrCutRule(course, self._options(), _facts(program, cuts, tails), ledger, region.name)
         if isinstance(known, UlrCutRule):
             rule.learn_with(known)
         return rule
 
     def supplies(self, program: Program, region: Region) -> frozenset[int]:
-        given = inputs_of(program, region)
-        return frozenset(given.index(node) for node in program.node(region.owned[0]).args[0])  # type: ignore[union-attr, arg-type]
+        return frozenset(_values(program, region))
 
 
-def _parts(program: Program, region: Region) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
-    """Values behind the cut, sides, and outputs."""
-    _, sides, outputs = program.node(region.owned[0]).args
-    cut = [program.node(name) for name in region.parts]
-    return cut, list(sides), list(outputs)  # type: ignore[arg-type]
+def _values(program: Program, region: Region) -> list[int]:
+    """Places of the values before the cuts among the region's inputs."""
+    given = inputs_of(program, region)
+    return [given.index(node) for node in _before(program, region)]
 
 
-def _layout(program: Program, node: fx.Node) -> Layout | None:
-    value = program.values[node.name]
-    assert isinstance(value, Value)
-    return None if value.rows is None else Layout(value.rows.dimension, value.rows.multiplicity)
+def _facts(program: Program, cuts: Sequence[Sequence[fx.Node]], tails: Sequence[Behind]) -> TailFacts:
+    first = tails[0]
+    held = [program.module(str(node.target)) for node in first.nodes if node.op == "call_module"]
+    boxed = any(is_box_call(node, program) for node in first.nodes) or any(map(holds_box, held))
+    boxes = [part for module in held for part in module.modules() if isinstance(part, Box)]
+    noisy = any(box.noisy or getattr(box, "seed", None) is not None for box in boxes)
+    trained = any(name for node in first.nodes for name in trainable_of(node, program))
+    outputs = program.graph.output_node().all_input_nodes
+    stepped = any(_blocked(program, cut, tail, outputs) for cut, tail in zip(cuts, tails, strict=True))
+    kind = "box" if boxed else "steps" if stepped else "trainable" if trained else "frozen"
+    return TailFacts(kind, tuple([_ratio(program, tail, trained) for tail in tails]), noisy)
 
 
-def _width(program: Program, node: fx.Node) -> int:
-    value = program.values.get(node.name)
-    return value.width if isinstance(value, Value) and value.rows is not None else 1
+def _blocked(program: Program, cut: Sequence[fx.Node], tail: Behind, outputs: Sequence[fx.Node]) -> bool:
+    """Whether every way from a cut to the outputs meets an operation without a derivative."""
+    found, inside = obstacles(program, tail, outputs), set(tail.nodes)
+    users = [user for node in cut for user in node.users if user in inside]
+    return bool(users) and all(user in found for user in users)
 
 
-def _facts(program: Program, cut: Sequence[fx.Node], tail: Behind) -> TailFacts:
-    boxes = [node for node in tail.nodes if is_box_call(node, program)]
-    held = [program.module(str(n.target)) for n in tail.nodes if n.op == "call_module"]
-    boxed = bool(boxes) or any(map(holds_box, held))
-    noisy = any(
-        isinstance(part, Box) and (part.noisy or getattr(part, "seed", None) is not None)
-        for module in held
-        for part in module.modules()
-    )
-    trained = any(name for node in tail.nodes for name in trainable_of(node, program))
-    inside_nodes = set(tail.nodes)
+def _ratio(program: Program, tail: Behind, trained: bool) -> float:
+    """Cost of a step without copies in units of one copy, by FLOPs."""
     inside = {node.name for node in tail.nodes}
     cost = sum((program.costs.get(name, Cost()) for name in inside), Cost()).flops
     rest = sum((c for name, c in program.costs.items() if name not in inside), Cost()).flops
-    ratio = (_PREFIX_RATIO * rest + (_PREFIX_RATIO if trained else 1) * cost) / max(1, cost)
-    blocked = obstacles(program, tail, program.graph.output_node().all_input_nodes)
-    stepped = all(user in blocked or user not in inside_nodes for node in cut for user in node.users)
-    kind = "box" if boxed else "steps" if stepped else "trainable" if trained else "frozen"
-    return TailFacts(kind, min(ratio, _MOST_RATIO), noisy)
+    return min((_PREFIX_RATIO * rest + (_PREFIX_RATIO if trained else 1) * cost) / max(1, cost), _MOST_RATIO)
 
 
 def _check_reached(entry: UlrCut, program: Program, region: Region, tail: Behind) -> None:

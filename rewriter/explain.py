@@ -97,9 +97,10 @@ _TAILS = {
 
 
 def _ulr_cut(facts: dict[str, Any]) -> list[str]:
+    cuts = f"{facts['cuts']} cuts, each with " if facts["cuts"] > 1 else ""
     pairs = " in antithetic pairs" if facts["antithetic"] else ""
     lines = [
-        f"  {facts['copies']} copies per row{pairs}, {facts['directions']} noise, baseline {facts['baseline']}, "
+        f"  {cuts}{facts['copies']} copies per row{pairs}, {facts['directions']} noise, baseline {facts['baseline']}, "
         f"allocation {facts['allocation']}",
         f"  {_TAILS[facts['tail']]}",
     ]

@@ -1,9 +1,10 @@
-"""What follows a cut, evaluated forward only on copies of rows."""
+"""What follows cuts of a chain, evaluated forward only on copies of rows that join at each cut."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,46 +19,69 @@ _TOLERANCE = 1e3  # in units of rounding
 
 
 @dataclass(frozen=True)
-class Roles:
-    """What a region's inputs are, by position.
+class Stage:
+    """Code from one cut to the next, or from the last to the outputs; reads, writes: names of tensors."""
 
-    values: at the cut; sides: what else the tail reads; outputs: of the model, in order; layouts: of the values and
-    then of the sides, None where a side has no rows; widest: elements per row of the widest value behind the cut.
+    segment: Segment
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What follows a chain's cuts.
+
+    cuts: names of the values behind each; stages: one behind each; live: per cut, the names that copies which join
+    there must have beside the values; outputs: names. places: by name, where among the region's inputs the clean
+    values lie, of the cuts' values those before the cut. layouts: by name, None where a value has no rows. widest:
+    elements per row of the widest value.
     """
 
-    values: tuple[int, ...]
-    sides: tuple[int, ...]
-    outputs: tuple[int, ...]
-    layouts: tuple[Layout | None, ...]
+    cuts: tuple[tuple[str, ...], ...]
+    stages: tuple[Stage, ...]
+    live: tuple[tuple[str, ...], ...]
+    outputs: tuple[str, ...]
+    places: Mapping[str, int]
+    layouts: Mapping[str, Layout | None]
     widest: int
 
-    def value_layouts(self) -> tuple[Layout, ...]:
-        return tuple([each for each in self.layouts[: len(self.values)] if each is not None])
+    def layout(self, name: str) -> Layout:
+        found = self.layouts[name]
+        assert found is not None
+        return found
+
+
+class Request(NamedTuple):
+    """Rows, (n,), with values, (n, width), at a cut."""
+
+    cut: int
+    source: Tensor
+    value: Tensor
 
 
 class NoisyTail:
-    """One forward pass's tail: its values and sides, the loss, and how many rows it has been evaluated on.
+    """One forward pass's tail: its clean values, the loss, and how many rows it has been evaluated on.
 
-    inputs: the region's, kept by the forward; `value` is (rows, width), float32 or wider, all values at the cut side
-    by side. Evaluations have no tape and leave torch's random numbers alone.
+    inputs: the region's, kept by the forward. `values` are (rows, width), float32 or wider, one for each cut: the
+    tensors there side by side. Evaluations leave torch's random numbers alone.
     """
 
-    def __init__(
-        self, segment: Segment, roles: Roles, inputs: Sequence[Tensor], objective: Objective, max_rows: int | None
-    ) -> None:
-        self.segment, self.roles, self.objective = segment, roles, objective
-        self.values = [inputs[place] for place in roles.values]
-        self.sides = [inputs[place] for place in roles.sides]
-        self.outputs = [inputs[place] for place in roles.outputs]
-        self.max_rows = max_rows or max(1, _ELEMENTS // max(1, roles.widest))
+    def __init__(self, course: Course, inputs: Sequence[Tensor], objective: Objective, max_rows: int | None) -> None:
+        self.course, self.objective = course, objective
+        self._inputs = {name: inputs[place] for name, place in course.places.items()}
+        self.outputs = [self._inputs[name] for name in course.outputs]
+        self.max_rows = max_rows or max(1, _ELEMENTS // max(1, course.widest))
         self.evaluated = self.calls = 0
-        split = [layout.split(v) for layout, v in zip(roles.value_layouts(), self.values, strict=True)]
-        self._shapes = [each.shape[1:] for each in split]
-        self.rows = len(split[0])
-        wide = torch.float64 if any(v.dtype is torch.float64 for v in self.values) else torch.float32
-        self.value = torch.cat([each.reshape(self.rows, -1).to(wide) for each in split], 1)
-        found = objective.rows(self.outputs, None)
-        self.clean = self.weighed(found)
+        self.at = [[self._inputs[name] for name in names] for names in course.cuts]
+        self.rows = course.layout(course.cuts[0][0]).rows(self.at[0][0])
+        self.values = [self._side_by_side(cut) for cut in range(len(course.cuts))]
+        self.clean = self._weighed(objective.rows(self.outputs, None), None)
+
+    def _side_by_side(self, cut: int) -> Tensor:
+        tensors = self.at[cut]
+        wide = torch.float64 if any(value.dtype is torch.float64 for value in tensors) else torch.float32
+        split = [self.course.layout(n).split(v) for n, v in zip(self.course.cuts[cut], tensors, strict=True)]
+        return torch.cat([each.reshape(self.rows, -1).to(wide) for each in split], 1)
 
     @property
     def scale(self) -> Tensor:
@@ -66,7 +90,7 @@ class NoisyTail:
         assert weight is not None
         return weight.detach().abs().max() if weight.ndim else weight.detach()
 
-    def weighed(self, contributions: Tensor, source: Tensor | None = None) -> Tensor:
+    def _weighed(self, contributions: Tensor, source: Tensor | None) -> Tensor:
         """(n,): each row's contributions, weighed by the loss's cotangent where that is one for each of them."""
         weight = self.objective.weight
         if weight is not None and weight.ndim:
@@ -75,58 +99,95 @@ class NoisyTail:
             contributions = contributions * (relative if source is None else relative[source])
         return contributions.flatten(1).sum(1) if contributions.ndim > 1 else contributions
 
-    def losses(self, source: Tensor, value: Tensor) -> Tensor:
-        """(n,): what the rows `source`, (n,), would contribute to the loss with these values, (n, width)."""
-        found = [
-            self._losses(source[start : start + self.max_rows], value[start : start + self.max_rows])
-            for start in range(0, len(source), self.max_rows)
-        ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+    def losses(self, requests: Sequence[Request]) -> list[Tensor]:
+        """For each request, (n,): what its rows would contribute to the loss with these values at that cut.
 
-    def _losses(self, source: Tensor, value: Tensor) -> Tensor:
-        given = self.given(value)
-        layouts = self.roles.layouts[len(self.values) :]
-        sides = [s if layout is None else layout.take(s, source) for s, layout in zip(self.sides, layouts, strict=True)]
+        Requests come in the order of their cuts, one at most for each.
+        """
+        most = max(1, self.max_rows // len(requests))
+        found: list[list[Tensor]] = [[] for _ in requests]
+        for start in range(0, max(len(request.source) for request in requests), most):
+            part = {
+                number: Request(r.cut, r.source[start : start + most], r.value[start : start + most])
+                for number, r in enumerate(requests)
+                if start < len(r.source)
+            }
+            sizes = [len(request.source) for request in part.values()]
+            losses = self._evaluated(list(part.values())).split(sizes)  # type: ignore[no-untyped-call]
+            for number, each in zip(part, losses, strict=True):
+                found[number].append(each)
+        return [each[0] if len(each) == 1 else torch.cat(each) for each in found]
+
+    def _evaluated(self, requests: list[Request]) -> Tensor:
         generator = torch.get_rng_state()
         with torch.no_grad():
-            outputs = self.segment.run((*given, *sides))
+            given = [(request.source, self.given(request.cut, request.value)) for request in requests]
+            source, outputs = self._swept([request.cut for request in requests], given)
             found = self.objective.rows(outputs, Copied(source, self.rows, self.outputs))
         torch.set_rng_state(generator)  # a box may have drawn seeds
         self.evaluated, self.calls = self.evaluated + len(source), self.calls + 1
-        return self.weighed(found, source)
+        return self._weighed(found, source)
 
-    def given(self, value: Tensor) -> list[Tensor]:
-        """Rows of values side by side, (n, width), as the tail takes them."""
-        parts = torch.split(value, [shape.numel() for shape in self._shapes], 1)
+    def _swept(self, cuts: Sequence[int], given: Sequence[tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, list[Tensor]]:
+        """Rows of all that joined, and their outputs: one way through the stages, copies joining at their cuts."""
+        course, joining = self.course, dict(zip(cuts, given, strict=True))
+        held: dict[str, Tensor] = {}
+        source: Tensor | None = None
+        for number in range(cuts[0], len(course.stages)):
+            stage = course.stages[number]
+            if number in joining:
+                new, values = joining[number]
+                fresh = dict(zip(course.cuts[number], values, strict=True))
+                fresh |= {name: self._taken(name, new) for name in course.live[number]}
+                held = fresh if source is None else {name: self._stacked(name, held, fresh) for name in fresh}
+                source = new if source is None else torch.cat((source, new))
+            assert source is not None
+            read = [held[name] if name in held else self._taken(name, source) for name in stage.reads]
+            held.update(zip(stage.writes, stage.segment.run(tuple(read)), strict=True))
+        assert source is not None
+        return source, [held[name] if name in held else self._taken(name, source) for name in course.outputs]
+
+    def _taken(self, name: str, source: Tensor) -> Tensor:
+        layout = self.course.layouts[name]
+        return self._inputs[name] if layout is None else layout.take(self._inputs[name], source)
+
+    def _stacked(self, name: str, held: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat((held[name], fresh[name]), self.course.layout(name).dimension)
+
+    def given(self, cut: int, value: Tensor) -> list[Tensor]:
+        """Rows of values side by side, (n, width), as the tensors at a cut."""
+        layouts = [self.course.layout(name) for name in self.course.cuts[cut]]
+        shapes = [layout.split(like).shape[1:] for layout, like in zip(layouts, self.at[cut], strict=True)]
+        parts = torch.split(value, [shape.numel() for shape in shapes], 1)
         return [
             layout.joined(part.reshape(len(value), *shape)).to(like.dtype)
-            for layout, part, shape, like in zip(
-                self.roles.value_layouts(), parts, self._shapes, self.values, strict=True
-            )
+            for layout, part, shape, like in zip(layouts, parts, shapes, self.at[cut], strict=True)
         ]
 
-    def gradient(self) -> list[Tensor | None]:
-        """Of the clean loss in each value at the cut, by ordinary differentiation of the tail; None where it has none.
+    def gradient(self, cut: int) -> list[Tensor | None]:
+        """Of the clean loss in each tensor at a cut, by ordinary differentiation of the tail; None where it has none.
 
         Raises what differentiating the tail raises.
         """
         with torch.enable_grad():
-            values = [value.detach().requires_grad_() for value in self.values]
-            outputs = self.segment.run((*(value.clone() for value in values), *self.sides))
-            loss = self.weighed(self.objective.rows(outputs, None)).sum()
+            values = [value.detach().requires_grad_() for value in self.at[cut]]
+            every = torch.arange(self.rows, device=values[0].device)
+            _, outputs = self._swept([cut], [(every, [value.clone() for value in values])])
+            loss = self._weighed(self.objective.rows(outputs, None), None).sum()
             if not loss.requires_grad:
                 return [None] * len(values)
             found = torch.autograd.grad(loss, values, allow_unused=True)
         return [None if each is None else each * self.scale.to(each.dtype) for each in found]
 
-    def prove(self, region: str, noise: Tensor, eps: float) -> None:
+    def prove(self, cut: int, region: str, noise: Tensor, eps: float) -> None:
         """Raises RewriteError where rows have other losses once they are copies, or with other rows beside them.
 
         noise: (rows, width), of the size to be used; eps: relative rounding of what computes the losses.
         """
         limit = _TOLERANCE * eps * float(self.clean.double().nan_to_num().abs().max())
-        order = torch.arange(self.rows, device=self.value.device)
-        again = self.losses(order.flip(0), self.value.flip(0)).flip(0)
+        order = torch.arange(self.rows, device=noise.device)
+        value = self.values[cut]
+        again = self.losses([Request(cut, order.flip(0), value.flip(0))])[0].flip(0)
         if not _alike(again, self.clean, limit):
             raise RewriteError(
                 "what follows a cut cannot be evaluated on copies of rows",
@@ -137,7 +198,7 @@ class NoisyTail:
                 remedy="put such a part into eval(), or before the cut",
             )
         moved = order % 2 == 0
-        beside = self.losses(order, self.value + torch.where(moved[:, None], noise, 0))
+        beside = self.losses([Request(cut, order, value + torch.where(moved[:, None], noise, 0))])[0]
         if not _alike(beside[~moved], self.clean[~moved], limit):
             raise RewriteError(
                 "what follows a cut couples the rows of a batch",

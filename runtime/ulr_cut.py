@@ -1,34 +1,27 @@
-"""The rule behind `UlrCut`: the gradient at a cut from losses of noisy copies, evaluated forward only."""
+"""The rule behind `UlrCut`: gradients at cuts from losses of noisy copies, evaluated forward only."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import RewriteError
-from .estimators.arrays import Array
-from .estimators.copies import Batch, Found, estimate, estimate_by
-from .estimators.copy_watch import CopyWatch, resolved
+from .estimators.copies import Estimation, Found
+from .estimators.copy_watch import resolved
+from .estimators.cut_estimator import CutEstimator, Settings
 from .estimators.cut_options import CutOptions
-from .estimators.noise import check_noise, relative_variance
-from .estimators.noise_size import NoiseSize
-from .estimators.quality import EVERY, History, ParameterCosine, Quality
-from .estimators.split_half import SplitHalf
+from .estimators.quality import EVERY, History, ParameterCosine, Quality, cosine_of
 from .ledger import Ledger
-from .noisy_tail import NoisyTail, Roles
-from .random import Key
+from .noisy_tail import Course, NoisyTail, Request
 from .rule import Call, Gradients, Taken
-from .segment import Segment
 
 log = logging.getLogger("rewriter.runtime")
 
-_FIRST_COPIES = 8
-_MOST_COPIES = 256
 _PROOFS = 2  # batches on which the tail is seen to treat rows alone
 
 
@@ -37,57 +30,51 @@ def anchor(values: tuple[Tensor, ...], sides: tuple[Tensor, ...], outputs: tuple
     return torch.zeros((), dtype=values[0].dtype, device=values[0].device)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one backward used and a second one through the same forward uses again."""
-
-    copies: int
-    sigma: float | Tensor
-
-
 @dataclass(slots=True)
 class _Memory:
-    settings: Settings | None = None
+    """settings: of each cut, once used."""
+
+    settings: list[Settings] | None = None
 
 
 @dataclass(frozen=True)
 class TailFacts:
-    """What is known of a tail before it runs.
+    """What is known of what follows the cuts before it runs.
 
     kind: "box", "steps" (every way to the loss meets an operation without a derivative), "frozen" or "trainable";
-    ratio: cost of a step without copies in units of one copy; noisy: it holds a box whose answers vary.
+    ratios: for each cut, cost of a step without copies in units of one copy; noisy: a box there answers differently
+    every time.
     """
 
     kind: str
-    ratio: float
+    ratios: tuple[float, ...]
     noisy: bool = False
 
 
 class UlrCutRule:
-    """Supplies dL/dz at a cut as mean (f(z + sigma e) - baseline) score(e) / sigma of each row (likelihood ratio).
+    """Supplies dL/dz at each cut as mean (f(z + sigma e) - baseline) score(e) / sigma of each row (likelihood ratio).
 
-    tail: from the values at the cut and the sides to the model's flat outputs. copies: of every row, "auto" sets them
-    from measured noise and costs. sigma: of the noise, "auto" a tenth of the value's running deviation, more where the
-    losses do not resolve it. directions: "orthogonal", "gaussian", "laplace", "sobol". baseline: "none", "clean",
-    "leave-one-out", "constant", or "auto". antithetic: copies come in pairs of opposite noise. allocation: "uniform";
-    "doubt", in proportion to 1 - exp(-loss of the row), which is 1 - p_y for a mean cross-entropy; "norm", by a pilot
-    that is part of the copies. max_rows: of one evaluation; max_failed: share of copies without a finite loss above
-    which it raises. Unbiased for the loss smoothed over the noise; linear in the loss's cotangent.
+    copies: of every row, "auto" sets them from measured noise and costs. sigma: of the noise, "auto" a tenth of the
+    value's running deviation, more where the losses do not resolve it. directions: "orthogonal", "gaussian", "laplace",
+    "sobol". baseline: "none", "clean", "leave-one-out", "constant", or "auto". antithetic: copies come in pairs of
+    opposite noise. allocation: "uniform"; "doubt", in proportion to 1 - exp(-loss of the row), which is 1 - p_y for a
+    mean cross-entropy; "norm", by a pilot that is part of the copies. max_rows: of one evaluation; max_failed: share of
+    copies without a finite loss above which it raises. Unbiased for the loss smoothed over the noise; linear in the
+    loss's cotangent. Each cut has its own noise, one at a time; copies of all join one evaluation of the chain.
     """
 
-    def __init__(self, tail: Segment, roles: Roles, options: CutOptions, facts: TailFacts, ledger: Ledger) -> None:
-        self.tail, self.roles, self.options, self.facts, self.ledger = tail, roles, options, facts, ledger
+    def __init__(self, course: Course, options: CutOptions, facts: TailFacts, ledger: Ledger, label: str) -> None:
+        self.course, self.options, self.facts, self.ledger, self.label = course, options, facts, ledger, label
         self.history = History()
-        self.size = NoiseSize(options.sigma)
-        self.halves = SplitHalf()
-        self.watch = CopyWatch()
+        self.cuts = [CutEstimator(options, ratio, label) for ratio in facts.ratios]
         self._parameters = ParameterCosine()
-        self._counters = {"backwards": 0, "proofs": 0, "copies": 0, "width": 0, "rows": 0}
+        self._counters = {"backwards": 0, "proofs": 0}
+        self._values = [tuple([course.places[name] for name in names]) for names in course.cuts]
 
     def learn_with(self, other: UlrCutRule) -> None:
-        """Shares what is learnt with the rule of another capture."""
-        for name in ("history", "size", "halves", "watch", "_parameters", "_counters"):
-            setattr(self, name, getattr(other, name))
+        """Shares what is learnt with the rule of another capture, as far as that has the same cuts."""
+        self.history, self._parameters = other.history, other._parameters
+        self.cuts[: len(other.cuts)] = other.cuts[: len(self.cuts)]
 
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
         """Keeps what backward evaluates; nothing is computed. Raises RewriteError where there is no loss."""
@@ -99,48 +86,43 @@ class UlrCutRule:
                 remedy="rewrite(model, plan, loss=...) and step(x, target=y); for outputs alone, step.eval() or "
                 "torch.no_grad()",
             )
-        given = tuple([inputs[place] for place in self.roles.values])
-        return Taken((anchor(given, (), ()),), tuple(inputs), _Memory())
+        return Taken((anchor((inputs[self._values[0][0]],), (), ()),), tuple(inputs), _Memory())
 
     def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
-        """Gradients of the values at the cut; the cotangent of the loss is the objective's, the anchor's is ignored.
+        """Gradients of the values at the cuts; the cotangent of the loss is the objective's, the anchor's is ignored.
 
         A second call with the same `taken` uses the same numbers. Raises RewriteError where copies cannot be told
         apart, too many fail, or rows are not independent.
         """
         if True not in needed or call.objective is None or call.objective.weight is None:
             return (None,) * len(needed)
-        memory = taken.memory
+        memory, tail = taken.memory, self._tail(call, taken)
         assert isinstance(memory, _Memory)
-        tail = self._tail(call, taken)
-        if not tail.value.shape[1] or not tail.rows:
-            return self._divided(tail, torch.zeros_like(tail.value), needed)
+        if not all(value.numel() for value in tail.values):
+            return self._divided(tail, [torch.zeros_like(value) for value in tail.values], needed)
         first = memory.settings is None
         if first:
             memory.settings = self._settle(call, tail)
-        assert memory.settings is not None
-        found = self._estimate(call.region, tail, memory.settings, call.key, call.rank, "probes")
-        if first and self.size.fixed is None:
-            found, memory.settings = self._enlarged(call, tail, found, memory.settings)
-        if found.failed:
-            self.ledger.add(call.region, failed=found.failed)
-        if tail.clean.isfinite().all():  # what has diverged is passed on
-            size, limit = self.size.typical, self.options.max_failed
-            self.watch.judge(call.region, found, size, _rounding(call, tail), limit)
-            if first:
-                self.watch.observe(call.region, found, size)
+        settings = memory.settings
+        assert settings is not None
+        found = self._estimates(call, tail, settings, "", "probes")
+        if first and self.options.sigma == "auto":
+            self._enlarge(call, tail, found, settings)
+        self._judge(call, tail, found, first)
         if first and self._counters["backwards"] % EVERY == 1:
-            key = call.key.named("quality")
-            second = self._estimate(call.region, tail, memory.settings, key, call.rank, "quality")
-            self.halves.record(found.gradient, second.gradient, memory.settings.copies)
+            again = self._estimates(call, tail, settings, "quality", "quality")
+            for cut, own, a, b in zip(self.cuts, settings, found, again, strict=True):
+                cut.halves.record(a.gradient, b.gradient, own.copies)
             if self.quality is not None:
                 self.history.append(call.key.forward, self.quality)
-        return self._divided(tail, found.gradient, needed)
+        return self._divided(tail, [each.gradient for each in found], needed)
 
     def exact(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """As `backward`, by ordinary differentiation of the clean tail; zero or None where it has no derivative."""
-        found = self._tail(call, taken).gradient()
-        gradients = dict(zip(self.roles.values, found, strict=True))
+        tail = self._tail(call, taken)
+        gradients: dict[int, Tensor | None] = {}
+        for cut, places in enumerate(self._values):
+            gradients.update(zip(places, tail.gradient(cut), strict=True))
         return tuple([gradients.get(place) if need else None for place, need in enumerate(needed)])
 
     def averaged(self, call: Call, taken: Taken, needed: tuple[bool, ...], times: int) -> Gradients:
@@ -148,82 +130,72 @@ class UlrCutRule:
         memory, tail = taken.memory, self._tail(call, taken)
         assert isinstance(memory, _Memory)
         assert memory.settings is not None
-        keys = [call.key.named(f"check{number}") for number in range(times)]
-        found = [self._estimate(call.region, tail, memory.settings, key, call.rank, "check").gradient for key in keys]
-        return self._divided(tail, torch.stack(found).mean(0), needed)
+        found = [self._estimates(call, tail, memory.settings, f"check{number}", "check") for number in range(times)]
+        means = [torch.stack([each.gradient for each in one]).mean(0) for one in zip(*found, strict=True)]
+        return self._divided(tail, means, needed)
 
     def _tail(self, call: Call, taken: Taken) -> NoisyTail:
         assert call.objective is not None
-        return NoisyTail(self.tail, self.roles, taken.tensors, call.objective, self.options.max_rows)
+        return NoisyTail(self.course, taken.tensors, call.objective, self.options.max_rows)
 
-    def _settle(self, call: Call, tail: NoisyTail) -> Settings:
+    def _settle(self, call: Call, tail: NoisyTail) -> list[Settings]:
         """Copies and noise of a forward's first backward, once the tail is seen to treat rows alone."""
         counters = self._counters
         counters["backwards"] += 1
-        counters["width"], counters["rows"] = tail.value.shape[1], tail.rows
-        self.size.observe(tail.value)
-        sigma = self.size.value(tail.value)
-        if isinstance(sigma, Tensor) and sigma.shape != (tail.value.shape[1],):
-            raise RewriteError(
-                f"sigma has {len(sigma)} numbers for {tail.value.shape[1]} elements of a row at the cut",
-                where=call.region,
-                remedy="pass one number, or one for each element of a row, the cut's values side by side",
-            )
-        copies = self.copies
-        check_noise(self.options.directions, copies, tail.value.shape[1], self.options.antithetic)
+        settings = [cut.settle(value) for cut, value in zip(self.cuts, tail.values, strict=True)]
         if counters["proofs"] < _PROOFS and not self.facts.noisy and tail.clean.isfinite().all():
             counters["proofs"] += 1
             generator = torch.Generator().manual_seed(call.key.forward)
-            noise = torch.randn(tail.value.shape, generator=generator).to(tail.value)
-            tail.prove(call.region, sigma * noise, _rounding(call, tail))
+            for cut, value in enumerate(tail.values):
+                noise = torch.randn(value.shape, generator=generator).to(value)
+                tail.prove(cut, call.region, settings[cut].sigma * noise, _rounding(call, tail))
             self._spend(call.region, tail, "quality")
-        return Settings(copies, sigma)
+        return settings
 
-    def _estimate(self, region: str, tail: NoisyTail, settings: Settings, key: Key, rank: int, purpose: str) -> Found:
-        batch = Batch(tail.value, tail.clean, tail.losses, rank * tail.rows, settings.sigma)
-        if self.options.allocation == "doubt":
-            found = estimate_by(batch, self.options, settings.copies, key, self._doubt(tail))
-        else:
-            found = estimate(batch, self.options, settings.copies, key)
-        self._spend(region, tail, purpose)
+    def _estimates(
+        self, call: Call, tail: NoisyTail, settings: Sequence[Settings], name: str, purpose: str
+    ) -> list[Found]:
+        found = _together(tail, {n: self._estimation(call, tail, n, settings[n], name) for n in range(len(self.cuts))})
+        self._spend(call.region, tail, purpose)
         return found
 
-    def _doubt(self, tail: NoisyTail) -> Array:
-        """1 - exp(-loss), the loss in units in which the rows' add up to their number times the mean."""
-        losses = tail.clean.double().cpu().numpy() * tail.rows
-        doubt: Array = -np.expm1(-np.maximum(losses, 0.0))
-        return doubt
+    def _estimation(self, call: Call, tail: NoisyTail, cut: int, settings: Settings, name: str) -> Estimation:
+        key = call.key.named(f"cut{cut}{name}")
+        return self.cuts[cut].estimation(tail.values[cut], tail.clean, call.rank * tail.rows, settings, key)
+
+    def _enlarge(self, call: Call, tail: NoisyTail, found: list[Found], settings: list[Settings]) -> None:
+        """Again with larger noise where, and while, copies are not told apart."""
+        for number, cut in enumerate(self.cuts):
+            while not resolved(found[number], _rounding(call, tail)) and cut.size.grow():
+                log.info("%s: the losses of copies hardly differ; noise of %.2g", call.region, cut.size.typical)
+                settings[number] = Settings(settings[number].copies, cut.size.value(tail.values[number]))
+                again = {number: self._estimation(call, tail, number, settings[number], "")}
+                (found[number],) = _together(tail, again)
+                self._spend(call.region, tail, "step_size")
+
+    def _judge(self, call: Call, tail: NoisyTail, found: Sequence[Found], first: bool) -> None:
+        failed = sum(each.failed for each in found)
+        if failed:
+            self.ledger.add(call.region, failed=failed)
+        if not tail.clean.isfinite().all():
+            return  # what has diverged is passed on
+        for cut, each in zip(self.cuts, found, strict=True):
+            size = cut.size.typical
+            cut.watch.judge(call.region, each, size, _rounding(call, tail), self.options.max_failed)
+            if first:
+                cut.watch.observe(call.region, each, size)
 
     def _spend(self, region: str, tail: NoisyTail, purpose: str) -> None:
         self.ledger.add(region, calls=tail.calls, **{purpose: tail.evaluated})
         tail.calls = tail.evaluated = 0
 
-    def _enlarged(self, call: Call, tail: NoisyTail, found: Found, settings: Settings) -> tuple[Found, Settings]:
-        """Again with larger noise, while copies are not told apart."""
-        while not resolved(found, _rounding(call, tail)) and self.size.grow():
-            log.info("%s: the losses of copies hardly differ; noise of %.2g", call.region, self.size.typical)
-            settings = Settings(settings.copies, self.size.value(tail.value))
-            found = self._estimate(call.region, tail, settings, call.key, call.rank, "step_size")
-        return found, settings
-
-    def _divided(self, tail: NoisyTail, gradient: Tensor, needed: tuple[bool, ...]) -> Gradients:
+    def _divided(self, tail: NoisyTail, found: Sequence[Tensor], needed: tuple[bool, ...]) -> Gradients:
         """In each value's layout and dtype, times the loss's cotangent."""
-        scaled = gradient * tail.scale.to(gradient.dtype)
-        found = dict(zip(self.roles.values, tail.given(scaled), strict=True))
-        return tuple([found.get(place) if need else None for place, need in enumerate(needed)])
-
-    @property
-    def copies(self) -> int:
-        """Of a row, on average: as given, or from measured noise and costs."""
-        options = self.options
-        if isinstance(options.copies, int):
-            return options.copies
-        known = self.halves.best_copies(self.facts.ratio, 4, _MOST_COPIES)
-        copies = _FIRST_COPIES if known is None else known // 2 * 2
-        if copies != self._counters["copies"]:
-            self._counters["copies"] = copies
-            log.info("%s: %d copies of each row", self.tail.name, copies)
-        return copies
+        gradients: dict[int, Tensor] = {}
+        for cut, (places, gradient) in enumerate(zip(self._values, found, strict=True)):
+            scaled = gradient * tail.scale.to(gradient.dtype)
+            gradients.update(zip(places, tail.given(cut, scaled), strict=True))
+        return tuple([gradients.get(place) if need else None for place, need in enumerate(needed)])
 
     def record(self, forward: int, signal: float, noise: float) -> None:
         """As `Rule` says."""
@@ -233,71 +205,84 @@ class UlrCutRule:
 
     @property
     def quality(self) -> Quality | None:
-        """Of the rows' gradients; None before the first backward."""
-        width, copies = self._counters["width"], self.copies
-        if not width:
+        """Of the rows' gradients, over all cuts; None before the first backward."""
+        found = [each for cut in self.cuts if (each := cut.quality) is not None]
+        if not found:
             return None
-        options = self.options
-        variance = relative_variance(
-            options.directions, copies, width, options.baseline_for(copies), options.antithetic
-        )
-        return Quality(
-            predicted_cosine=(1 + variance) ** -0.5,
-            measured_cosine=self.halves.cosine(copies),
-            slope=None,
+        measured = [cut for cut in self.cuts if cut.halves.measurements]
+        signal = sum(cut.halves.signal for cut in measured)
+        noise = sum(cut.halves.noise / cut.copies for cut in measured)
+        return replace(
+            found[0],
+            predicted_cosine=sum(each.predicted_cosine for each in found) / len(found),
+            measured_cosine=cosine_of(signal, noise) if measured else None,
             parameter_cosine=self._parameters.value,
-            changed=self.watch.changed,
-            clipped=0.0,
-            failed=self.watch.failed,
-            bias=f"smoothing over noise of {self.size.typical:.2e}",
+            changed=sum(cut.watch.changed for cut in self.cuts) / len(self.cuts),
+            failed=sum(cut.watch.failed for cut in self.cuts) / len(self.cuts),
         )
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for reports; what is not known before the first backward is None."""
-        quality, copies = self.quality, self.copies
+        quality = self.quality
+        rows = [cut.rows_per_backward for cut in self.cuts]
+        copies = sorted({cut.copies for cut in self.cuts})
         return {
             "rule": "ulr-cut",
+            "cuts": len(self.cuts),
             "tail": self.facts.kind,
-            "width": self._counters["width"] or None,
-            "copies": copies,
-            "sigma": self.size.typical if quality else None,
+            "width": self.cuts[0].width,
+            "copies": " to ".join(map(str, (copies[0], copies[-1])[: len(copies)])),
+            "sigma": self.cuts[0].size.typical if quality else None,
             "directions": self.options.directions,
             "antithetic": self.options.antithetic,
-            "baseline": self.options.baseline_for(copies),
+            "baseline": self.options.baseline_for(copies[0]),
             "allocation": self.options.allocation,
             "predicted_cosine": quality.predicted_cosine if quality else None,
             "measured_cosine": quality.measured_cosine if quality else None,
             "parameter_cosine": quality.parameter_cosine if quality else None,
             "bias": quality.bias if quality else None,
-            "rows_per_backward": copies * self._counters["rows"] or None,
+            "rows_per_backward": sum(each or 0 for each in rows) or None,
         }
 
     def get_state(self) -> dict[str, Any]:
         """Running statistics."""
         return {
-            "size": self.size.get_state(),
-            "halves": self.halves.get_state(),
+            "cuts": [cut.get_state() for cut in self.cuts],
             "parameters": vars(self._parameters).copy(),
             "counters": self._counters.copy(),
-            "watch": self.watch.get_state(),
             "options": repr(self.options),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from what `get_state` returned; under other options it starts anew, and a warning is logged."""
         if state.get("options", repr(self.options)) != repr(self.options):
-            log.warning("%s: the options changed, so what was learnt under others starts anew", self.tail.name)
+            log.warning("%s: the options changed, so what was learnt under others starts anew", self.label)
             return
-        self.size.set_state(state["size"])
-        self.halves.set_state(state["halves"])
+        for cut, own in zip(self.cuts, state["cuts"], strict=False):
+            cut.set_state(own)
         vars(self._parameters).update(state["parameters"])
         self._counters.update(state["counters"])
-        self.watch.set_state(state["watch"])
+
+
+def _together(tail: NoisyTail, estimations: dict[int, Estimation]) -> list[Found]:
+    """What the estimations of cuts find, each round of their copies in one evaluation."""
+    waiting = {cut: next(estimation) for cut, estimation in estimations.items()}
+    found: dict[int, Found] = {}
+    while waiting:
+        requests = [Request(cut, *waiting[cut]) for cut in sorted(waiting)]
+        for request, losses in zip(requests, tail.losses(requests), strict=True):
+            try:
+                waiting[request.cut] = estimations[request.cut].send(losses)
+            except StopIteration as stop:
+                found[request.cut] = stop.value
+                del waiting[request.cut]
+    return [found[cut] for cut in sorted(found)]
 
 
 def _rounding(call: Call, tail: NoisyTail) -> float:
     """Relative rounding of what computes the losses: the coarsest dtype there."""
-    dtypes = {value.dtype for value in (*tail.values, *tail.outputs) if value.is_floating_point()}
+    tensors = [*(value for values in tail.at for value in values), *tail.outputs]
+    dtypes = {value.dtype for value in tensors if value.is_floating_point()}
     if call.ambient.autocast is not None:
         dtypes |= {dtype for enabled, dtype in call.ambient.autocast[0] if enabled}
     return max(torch.finfo(dtype).eps for dtype in dtypes)

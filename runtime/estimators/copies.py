@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,19 +18,19 @@ from .likelihood_ratio import row_gradients
 from .noise import draw_noise
 from .precision import full_precision
 
-Losses = Callable[[Tensor, Tensor], Tensor]  # rows (n,), their values (n, width) -> (n,)
+# Asks for the losses, (n,), of rows, (n,), with these values, (n, width); ends with what it found.
+Estimation = Generator[tuple[Tensor, Tensor], Tensor, "Found"]
 
 _AT_ONCE = 2**24  # numbers of noise held at a time
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is estimated: value (rows, width) and clean (rows,), the losses there; losses: of copies; first_row: of the
-    whole batch, for the random numbers; sigma: a number or (width,)."""
+    """What is estimated: value (rows, width) and clean (rows,), the losses there; first_row: of the whole batch, for
+    the random numbers; sigma: a number or (width,)."""
 
     value: Tensor
     clean: Tensor
-    losses: Losses
     first_row: int
     sigma: float | Tensor
 
@@ -52,25 +52,29 @@ class Found:
     total: int = 0
 
 
-def estimate(batch: Batch, options: CutOptions, copies: int, key: Key) -> Found:
+def estimate(batch: Batch, options: CutOptions, copies: int, key: Key) -> Estimation:
     """Every row from as many copies; "norm" spends a quarter of them on a pilot that says which rows get the rest."""
     if options.allocation != "norm" or copies < 8:
-        return _of_counts(batch, options, np.full(batch.rows, copies), key)
+        return (yield from _of_counts(batch, options, np.full(batch.rows, copies), key))
     # The pilot says how many copies a row gets, so within a row its estimate may not be weighted by that number:
     # pilot and rest are mixed in fixed shares, and each is unbiased given the other.
     pilot = max(4, copies // 4 // 2 * 2)
-    halves = [_of_counts(batch, options, np.full(batch.rows, pilot // 2), key.named(f"pilot{half}")) for half in (0, 1)]
+    halves = []
+    for half in (0, 1):
+        counts = np.full(batch.rows, pilot // 2)
+        halves.append((yield from _of_counts(batch, options, counts, key.named(f"pilot{half}"))))
     products = (halves[0].gradient * halves[1].gradient).sum(1)
     norms = pilot_norms(products.double().nan_to_num().cpu().numpy())
-    rest = _of_counts(batch, options, copy_counts(norms, copies - pilot, even=options.antithetic), key.named("rest"))
+    counts = copy_counts(norms, copies - pilot, even=options.antithetic)
+    rest = yield from _of_counts(batch, options, counts, key.named("rest"))
     share = pilot / copies
     gradient = share / 2 * (halves[0].gradient + halves[1].gradient) + (1 - share) * rest.gradient
     return _joined(gradient, [*halves, rest])
 
 
-def estimate_by(batch: Batch, options: CutOptions, copies: int, key: Key, norms: Array) -> Found:
+def estimate_by(batch: Batch, options: CutOptions, copies: int, key: Key, norms: Array) -> Estimation:
     """`copies` for each row on average, in proportion to what is known of its gradient's length, (rows,)."""
-    return _of_counts(batch, options, copy_counts(norms, copies, even=options.antithetic), key)
+    return (yield from _of_counts(batch, options, copy_counts(norms, copies, even=options.antithetic), key))
 
 
 def _joined(gradient: Tensor, parts: list[Found]) -> Found:
@@ -82,14 +86,15 @@ def _joined(gradient: Tensor, parts: list[Found]) -> Found:
     return Found(gradient, mean("spread"), mean("size"), mean("changed"), sum(part.failed for part in parts), total)
 
 
-def _of_counts(batch: Batch, options: CutOptions, counts: Array, key: Key) -> Found:
+def _of_counts(batch: Batch, options: CutOptions, counts: Array, key: Key) -> Estimation:
     """Row i from counts[i] copies."""
     found = Found(torch.zeros_like(batch.value))
     parts = []
     for most, rows in _alike(counts):
         step = max(1, _AT_ONCE // (most * batch.value.shape[1]))
         for start in range(0, len(rows), step):
-            parts.append(_some(batch, options, counts, key, most, rows[start : start + step], found.gradient))
+            some = rows[start : start + step]
+            parts.append((yield from _some(batch, options, counts, key, most, some, found.gradient)))
     return _joined(found.gradient, parts)
 
 
@@ -104,7 +109,9 @@ def _alike(counts: Array) -> list[tuple[int, Array]]:
     return [(int(most), np.flatnonzero(drawn == most)) for most in np.unique(drawn)]
 
 
-def _some(batch: Batch, options: CutOptions, counts: Array, key: Key, most: int, rows: Array, into: Tensor) -> Found:
+def _some(
+    batch: Batch, options: CutOptions, counts: Array, key: Key, most: int, rows: Array, into: Tensor
+) -> Estimation:
     noise = _noise(batch, options, key, most, rows)
     source = torch.from_numpy(rows).to(batch.value.device)
     existing = torch.arange(most) < torch.from_numpy(counts[rows])[:, None]
@@ -113,7 +120,8 @@ def _some(batch: Batch, options: CutOptions, counts: Array, key: Key, most: int,
     row, copy = existing.T.nonzero().flip(1).unbind(1)
     values = batch.value[source[row]] + batch.sigma * noise[row, copy]
     losses = batch.clean.new_zeros(existing.shape)
-    losses[row, copy] = batch.losses(source[row], values).to(losses.dtype)
+    answered = yield source[row], values
+    losses[row, copy] = answered.to(losses.dtype)
     clean = batch.clean[source]
     valid = existing & (losses.isfinite() | ~clean.isfinite()[:, None])
     into[source] = _gradients(losses, clean, noise, batch.sigma, options, most, valid).to(into.dtype)

@@ -316,7 +316,7 @@ def test_low_precision_tails():
     step = cuts.cut(model, UlrCut("encoder", copies=16))
     step(X, target=Y).backward()
     assert model.encoder[0].weight.grad.any()
-    assert step.latest.emitted.regions["encoder"].rule.size.factor > 1
+    assert step.latest.emitted.regions["encoder"].rule.cuts[0].size.factor > 1
 
 
 def test_failed_copies_are_masked_and_counted():
@@ -338,12 +338,12 @@ def test_failed_copies_are_masked_and_counted():
 
 def test_copies_follow_noise_and_cost_and_are_kept():
     step = cuts.cut(Net(), UlrCut("encoder"))
-    rule = step.latest.emitted.regions["encoder"].rule
-    assert rule.copies == 8
+    (cut,) = step.latest.emitted.regions["encoder"].rule.cuts
+    assert cut.copies == 8
     for _ in range(3):
         step(X, target=Y).backward()
-    ratio = rule.halves.noise / rule.halves.signal * rule.facts.ratio
-    assert rule.copies == max(4, round(math.sqrt(ratio)) // 2 * 2)
+    ratio = cut.halves.noise / cut.halves.signal * cut.ratio
+    assert cut.copies == max(4, round(math.sqrt(ratio)) // 2 * 2)
     assert "copies per row" in step.explain()
     assert "without the entry the gradient is exact" in step.explain()
     state = copy.deepcopy(step.state_dict())
