@@ -183,7 +183,7 @@ class UlrCutRule:
             size = cut.size.typical
             cut.watch.judge(call.region, each, size, _rounding(call, tail), self.options.max_failed)
             if first:
-                cut.watch.observe(call.region, each, size)
+                cut.watch.observe(call.region, each, size, any(other.changed for other in found))
 
     def _spend(self, region: str, tail: NoisyTail, purpose: str) -> None:
         self.ledger.add(region, calls=tail.calls, **{purpose: tail.evaluated})

@@ -52,11 +52,15 @@ class CopyWatch:
                 remedy='sigma="auto" or a larger one, or run that part in float32 (no autocast)',
             )
 
-    def observe(self, region: str, found: Found, sigma: float) -> None:
-        """After a forward's first backward: a gradient that is zero because nothing changed is told, then refused."""
+    def observe(self, region: str, found: Found, sigma: float, heard: bool) -> None:
+        """After a forward's first backward: a gradient that is zero because nothing changed is told, then refused.
+
+        heard: some copy changed the loss, here or at another cut of the chain: where only an early cut is silent, what
+        is kept from there has faded, which is the gradient's own affair.
+        """
         self.changed += _SHARE * (found.changed - self.changed)
         self.failed += _SHARE * (found.failed / found.total - self.failed)
-        self._silent = 0 if found.changed else self._silent + 1
+        self._silent = 0 if heard else self._silent + 1
         if not self._silent:
             return
         why = f"the loss is constant over noise of {sigma:.2g}, so the gradient comes out zero"
