@@ -2,7 +2,7 @@
 
     python benchmarks/ulr_memory.py [steps]
 
-A tanh RNN sees its class at the first of 40 steps, and noise at all of them. Accuracy on 1,000 unseen sequences, three
+A tanh RNN sees its class at the first of 40 steps and nothing afterwards. Accuracy on 1,000 unseen sequences, three
 seeds, and seconds of one training each on one thread.
 """
 
@@ -41,7 +41,8 @@ class Memory(nn.Module):
 
 def batch(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     y = torch.randint(0, CLASSES, (rows,), generator=generator)
-    x = 0.1 * torch.randn(rows, LENGTH, 6, generator=generator)
+    x = torch.zeros(rows, LENGTH, 6)
+    x[:, 0] = 0.1 * torch.randn(rows, 6, generator=generator)
     x[:, 0, :CLASSES] += F.one_hot(y, CLASSES)
     return x, y
 
@@ -73,7 +74,7 @@ def main() -> None:
         "back-propagation": (None, []),
         "truncated to 5 steps": (5, []),
         "cut every 5, 8 copies": (None, [UlrCut("cell", every=5, copies=8)]),
-        "cut every 5, 32 copies": (None, [UlrCut("cell", every=5, copies=32)]),
+        "the same, sigma .1": (None, [UlrCut("cell", every=5, copies=8, sigma=0.1)]),
     }
     print(f"| {steps} steps | seed 0 | seed 1 | seed 2 | seconds |\n| --- | --- | --- | --- | --- |")
     for name, (truncated, plan) in methods.items():
