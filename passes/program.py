@@ -91,8 +91,9 @@ class Program:
     """Immutable to callers: passes return a new one.
 
     model: the user's module, whose names the graph's targets are; graph: flat, one placeholder per tensor argument and
-    one flat tuple of tensors as output; constants: tensors that capture found outside any module; values and costs: per
-    node name, from `annotate`; regions: from plan entries; segments and partitioned: from `partition`.
+    one flat tuple of tensors as output; constants: tensors that capture found outside any module; values and costs (per
+    node name) and effects (nodes that draw random numbers, change a tensor or evaluate a box): from `annotate`;
+    regions: from plan entries; segments and partitioned: from `partition`.
     """
 
     model: nn.Module
@@ -100,6 +101,7 @@ class Program:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Value | tuple[Value | None, ...]] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
+    effects: frozenset[str] = frozenset()
     opaque: Mapping[str, str] = field(default_factory=dict)
     regions: tuple[Region, ...] = ()
     segments: tuple[Segment, ...] = ()

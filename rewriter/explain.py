@@ -26,7 +26,7 @@ def _head(step: Rewritten) -> str:
     captured = step.latest.captured
     lines = [f"{type(step.model).__name__}, captured by {captured.front_end}"]
     lines += [f"  {name} stays whole: {reason}" for name, reason in sorted(captured.opaque.items())]
-    lines += [f"  {note}" for note in captured.notes]
+    lines += [f"  {note}" for note in (*captured.notes, *step.latest.program.notes)]
     return "\n".join(lines)
 
 
@@ -39,8 +39,19 @@ def _region(region: Region, step: Rewritten) -> str:
     lines.append(f"  inputs: {shown}")
     if facts["rule"] == "black-box":
         lines += _black_box(facts, holds_box(program.module(region.target)), facts["width"] or _width(values))
+    elif facts["rule"] == "horizon":
+        lines += _horizon(facts, region, program)
+    elif facts["rule"] == "checkpoint":
+        lines.append(
+            f"  {facts['blocks']} blocks, run again {facts['every']} at a time in backward: exact, one forward more"
+        )
+    elif facts["rule"] == "highway":
+        lines += _highway(facts)
     counts = step.ledger[region.name]
-    lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
+    if counts.vjps:
+        lines.append(f"  spent so far: {counts.vjps:,} vjps")
+    else:
+        lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
     return "\n".join(lines)
 
 
@@ -83,6 +94,47 @@ def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
         lines.append(
             f"  simpler: probes={width} would be exact up to the step's bias, at {width / probes:.1f} x the queries"
         )
+    return lines
+
+
+def _highway(facts: dict[str, Any]) -> list[str]:
+    kinds = {"identity": "identity", "mapped": "mapped, each a vjp of its own at every scan", "none": "no skip"}
+    skips = "; ".join(f"{count} {kinds[kind]}" for kind, count in facts["skips"].items() if count)
+    lines = [f"  {facts['blocks']} blocks in {facts['units']} units, exact inside each; skips: {skips}"]
+    lines.append(f"  iterations: {facts['iterations']}; {facts['units'] - 1} are exact")
+    if facts["terms"]:
+        error, terms = facts["error"], facts["terms"]
+        shown = ", ".join(f"{length:.2g}" for length in terms[-3:])
+        sizes = f"  last terms, by length: {shown}"
+        if len(terms) > 1:
+            sizes += ", shrinking" if terms[-1] < terms[-2] else ", growing"
+        known = error is not None and math.isfinite(error)
+        lines.append(f"{sizes}; predicted error: " + (f"{error:.1g} of the cotangents" if known else "not known"))
+    cost = "each adds a vjp of nearly all units to its inputs"
+    if facts["count"] is not None:
+        cost = f"forward and backward {facts['cost']:.2f} x those of the tape with {facts['count']}"
+    lines.append(
+        f"  on one device: {cost}; the ordinary tape is exact and faster there, and iterations pay only where each "
+        "unit has a device of its own and micro-batches cannot fill them"
+    )
+    return lines
+
+
+def _horizon(facts: dict[str, Any], region: Region, program: Program) -> list[str]:
+    blocks, horizon, stride, windows = (facts[name] for name in ("blocks", "horizon", "stride", "windows"))
+    when = "while the model runs" if facts["when"] == "forward" else "in backward, from a second run"
+    lines = [
+        f"  {blocks} blocks in {windows} window(s) of {horizon}, one every {stride}; {facts['head']} head",
+        f"  exact: the last {horizon} block(s) and what follows them; others see a loss at most {horizon} on, {when}",
+        f"  cost: {facts['vjps']} block vjps per step, {blocks} on the tape",
+    ]
+    if windows > 1 and stride < horizon:
+        lines.append(f"  simpler: stride={horizon} takes {blocks} vjps or few more, and was found to train better")
+    kept = sum(program.costs[name].saved for name in region.owned if name in program.costs)
+    lines.append(
+        f"  simpler: Checkpoint is exact at one more forward; the blocks' tapes keep {kept / 2**20:.3g} MiB in all, "
+        "and memory_plan(model, example) compares the two"
+    )
     return lines
 
 
