@@ -6,7 +6,7 @@ One thread. A pre-norm byte transformer of 24 residual blocks (12 layers, width 
 times of whole steps, the smallest of 40 rounds; contestants alternate, and each is also compared with eager's step of
 the same round (the median of these ratios). `lowered` asks for an exact number of iterations with tape="auto", which
 leaves the blocks on the ordinary tape: the same operations as eager's, so its distance from 1 is the noise of the row.
-`predicted` is what `explain()` says of the blocks.
+`explain` is what `explain()` says of the blocks alone, after their last backward.
 """
 
 import platform
@@ -65,13 +65,13 @@ def overhead(model, text, target):
         for name, loss_of in contestants.items():
             times[name].append(timed(model, loss_of, text, target))
     steps = {name: [step for _, step in found] for name, found in times.items()}
-    print("| | forward ms | step ms | of eager's | median ratio | predicted |\n| --- | --- | --- | --- | --- | --- |")
+    print("| | forward ms | step ms | of eager's | median ratio | explain |\n| --- | --- | --- | --- | --- | --- |")
     for name, found in steps.items():
         regions = contestants[name].latest.emitted.regions if name != "eager" else {}
-        predicted = f"{regions['units'].rule.describe()['cost']:.2f}" if regions else "1"
+        said = f"{regions['units'].rule.describe()['cost']:.2f}" if regions else "1"
         forward, ratio = min(each for each, _ in times[name]), min(found) / min(steps["eager"])
         paired = statistics.median(mine / theirs for mine, theirs in zip(found, steps["eager"], strict=True))
-        print(f"| {name} | {forward:.1f} | {min(found):.1f} | {ratio:.3f} | {paired:.3f} | {predicted} |")
+        print(f"| {name} | {forward:.1f} | {min(found):.1f} | {ratio:.3f} | {paired:.3f} | {said} |")
 
 
 def gradient(model, loss):

@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train all ways, write highway.png. Returns the exit status."""
     options = chosen(arguments, str(__doc__).splitlines()[0], "highway", ("matplotlib",))
     with one_thread():
-        result = run(options.seed, 10 if options.quick else 150)
+        result = run(options.seed, 10 if options.quick else 120)
     for when, found in (("before", result.before), ("after", result.after)):
         shown = ", ".join(f"{cosine:.4f}" for cosine in found)
         progress(f"cosine with the exact gradient {when} training, k = 0, 1, ...: {shown}")

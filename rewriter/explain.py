@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rewriter.passes.program import Cost, Program, Region, Value, holds_box
@@ -35,7 +36,8 @@ def _region(region: Region, step: Rewritten) -> str:
     facts = step.latest.emitted.regions[region.name].rule.describe()
     lines = [f"{region.name}: {facts['rule']} ({region.entry})"]
     values = [program.values.get(node.name) for node in inputs_of(program, region)]
-    shown = ", ".join(str(value) for value in values if isinstance(value, Value))
+    alike = Counter(str(value) for value in values if isinstance(value, Value))
+    shown = ", ".join(text if count == 1 else f"{count} x {text}" for text, count in alike.items())
     lines.append(f"  inputs: {shown}")
     if facts["rule"] == "black-box":
         lines += _black_box(facts, holds_box(program.module(region.target)), facts["width"] or _width(values))
@@ -48,8 +50,8 @@ def _region(region: Region, step: Rewritten) -> str:
     elif facts["rule"] == "highway":
         lines += _highway(facts)
     counts = step.ledger[region.name]
-    if counts.vjps:
-        lines.append(f"  spent so far: {counts.vjps:,} vjps")
+    if facts["rule"] != "black-box":
+        lines.append(f"  spent so far: {counts.vjps:,} vjps, {counts.forwards:,} forwards of parts run again")
     else:
         lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
     return "\n".join(lines)
@@ -112,7 +114,8 @@ def _highway(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{sizes}; predicted error: " + (f"{error:.1g} of the cotangents" if known else "not known"))
     cost = "each adds a vjp of nearly all units to its inputs"
     if facts["count"] is not None:
-        cost = f"forward and backward {facts['cost']:.2f} x those of the tape with {facts['count']}"
+        how = "measured" if facts["measured"] else "predicted from counts of vjps"
+        cost = f"forward and backward {facts['cost']:.2f} x those of the tape with {facts['count']} ({how})"
     lines.append(
         f"  on one device: {cost}; the ordinary tape is exact and faster there, and iterations pay only where each "
         "unit has a device of its own and micro-batches cannot fill them"

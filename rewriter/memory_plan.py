@@ -163,7 +163,8 @@ class _Measured:
         """Over the groups, last one first: checkpoints so far, the group's tape, and gradients behind it."""
         found = 0
         for number, group in enumerate(groups):
-            before = sum(self.values[each.start] for each in groups[: number + 1]) if checkpoints else 0
+            # The group's own checkpoint is among what its tape keeps.
+            before = sum(self.values[each.start] for each in groups[:number]) if checkpoints else 0
             behind = sum(self.trained[group.stop :]) + self.gradients
             found = max(found, before + sum(self.kept[group.start : group.stop]) + behind)
         # A vjp has the cotangents before and behind an operation in hand while a whole block is on tape.

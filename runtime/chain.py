@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
@@ -60,7 +61,7 @@ class Chain:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    @property
+    @cached_property
     def stream(self) -> tuple[str, ...]:
         """Names of the values at the cuts, the chain's input first."""
         return (self.blocks[0].reads[0], *(block.writes[0] for block in self.blocks))

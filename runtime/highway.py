@@ -10,6 +10,7 @@ w^k holds every path back that takes at most k branches. The d of unit i is zero
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -172,13 +173,17 @@ class HighwayRule:
         self._terms: tuple[float, ...] = ()  # |d^0|, ... |d^k| when last looked at
         self._length = 0.0  # |w^k| then
         self._ran: int | None = None  # iterations of the last backward; None before, and where it was exact
+        self._seconds = 0.0  # of the last forward
+        self._cost: float | None = None  # measured on the last iterated backward; None where a clock says nothing
 
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
+        start = time.perf_counter()
         run = Run(self.chain, call, inputs, parameters)
         for number in range(len(self.chain)):
             run.block(number)
         outputs = run.outputs()
         run.values.clear()
+        self._seconds = time.perf_counter() - start
         return Taken(outputs, run.hoisted(), run)
 
     def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
@@ -189,7 +194,13 @@ class HighwayRule:
         back = Pass(run, self.units, self.shift, given, self.ledger, keeps_graph())
         self._ran = None
         exact = self.iterations.exact(call.key.forward)
-        back.finish(None if exact else self._iterated(back, call.key.forward))
+        start = time.perf_counter()
+        found = None if exact else self._iterated(back, call.key.forward)
+        middle = time.perf_counter()
+        back.finish(found)
+        if found is not None and all(cotangent.is_cpu for cotangent in given.values()):
+            once = self._seconds + time.perf_counter() - middle
+            self._cost = 1 + (middle - start) / once
         return run.collected(needed)
 
     def _iterated(self, back: Pass, forward: int) -> Cotangents | None:
@@ -226,7 +237,9 @@ class HighwayRule:
 
     def describe(self) -> dict[str, Any]:
         """skips: blocks by kind; count: iterations of the last backward, or of the next where that is known; cost: of
-        forward and backward with them, over exact ones; error: predicted from the last look, as a share of |w|."""
+        forward and backward with them, over exact ones, measured or else predicted; error: predicted when the terms
+        were last looked at, as a share of |w|.
+        """
         blocks, units = self.chain.blocks, len(self.units)
         straight, identity = sum(not block.divided for block in blocks), sum(block.identity for block in blocks)
         count = self._ran
@@ -240,7 +253,8 @@ class HighwayRule:
             "units": units,
             "iterations": self.iterations.describe(),
             "count": count,
-            "cost": 1 + extra / 3,  # forward, and the gradients of inputs and of weights, each about as much
+            "cost": self._cost or 1 + extra / 3,  # predicted: forward, gradients of inputs and of weights cost the same
+            "measured": self._cost is not None,
             "terms": self._terms,
             "error": tail(self._terms) / self._length if self._length else None,
         }
