@@ -44,7 +44,7 @@ def block_regions(entry: Entry, program: Program) -> tuple[Program, list[Region]
 
     def pieces(structure: Structure, inside: frozenset[str], places: Sequence[Place]) -> Iterator[Pieces]:
         lines = [structure.spans, *(chain.segments for chain in structure.chains)]
-        found = [run for line in lines for run in _runs(line, [inside.issuperset(piece.nodes) for piece in line])]
+        found = [run for line in lines for run in _runs(line, [_within(piece, inside, program) for piece in line])]
         found = [_grouped(run, _units(places, program), program) for run in found]
         yield from sorted(found, key=len, reverse=True)[:1]
 
@@ -78,7 +78,8 @@ def _regions(
     regions: list[Region] = []
     for run in found:
         owned = tuple(sorted({name for piece in run for name in piece.nodes}, key=order.__getitem__))
-        name = _name([name for name in owned if name in inside], places, program, {region.name for region in regions})
+        taken = {region.name for region in (*program.regions, *regions)}
+        name = _name([name for name in owned if name in inside], places, program, taken)
         moved = together(owned, program, name)
         if isinstance(moved, Refused):
             return moved
@@ -88,7 +89,16 @@ def _regions(
         if refused is not None:
             return refused
         regions.append(region)
-    return program, regions
+    return program.with_(notes=(*program.notes, *_kept(entry, places, regions, program))), regions
+
+
+def _kept(entry: Entry, places: Sequence[Place], regions: Sequence[Region], program: Program) -> Iterator[str]:
+    """A note for every block that is in no region, so that nobody counts on it."""
+    owned = {name for region in regions for name in region.owned}
+    for unit in _units(places, program):
+        own = list(_inside(program, [Place(unit)]))
+        if own and owned.isdisjoint(own):
+            yield f"{entry}: {unit} stays on the ordinary tape: more than one value goes from it to the next block"
 
 
 def _unsuitable(entry: Entry, place: Place, program: Program) -> Refused | None:
@@ -138,10 +148,15 @@ def _runs(pieces: Sequence[Span], inside: Sequence[bool]) -> Iterator[Pieces]:
     yield tuple(run)
 
 
+def _within(piece: Span, inside: frozenset[str], program: Program) -> bool:
+    """Whether a piece lies inside; what it reads of the model around it (a table of positions) may be read anywhere."""
+    return all(name in inside or program.node(name).op == "get_attr" for name in piece.nodes)
+
+
 def _branch_inside(segment: ChainSegment, inside: frozenset[str], program: Program) -> bool:
     """Whether a segment lies inside but for its sum, and functions around it: `x = x + block(x)` in the loop itself."""
-    if segment.add is None or inside.issuperset(segment.nodes):
-        return inside.issuperset(segment.nodes)
+    if segment.add is None or _within(segment, inside, program):
+        return _within(segment, inside, program)
     modules = [name for name in segment.nodes if program.node(name).op == "call_module"]
     return inside.issuperset(modules) and not inside.isdisjoint(segment.branch)
 

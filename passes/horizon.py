@@ -65,6 +65,8 @@ class Horizon(Entry):
         for option, known in _CHOICES.items():
             if getattr(self, option) not in known:
                 raise _unknown(f"{option}={getattr(self, option)!r} is not known", f"one of {', '.join(known)}")
+        if not isinstance(self.checkpoint, bool):
+            raise _unknown(f"checkpoint={self.checkpoint!r} is neither True nor False", "True or False")
         if not is_count(self.horizon):
             raise _unknown(f"horizon={self.horizon!r} is not a number of blocks", "a whole number from 1 on")
         if self.stride is not None and not (is_count(self.stride) and self.stride <= self.horizon):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -172,6 +173,9 @@ class Program:
                         remedy="take one of the two entries out of the plan, or narrow its target",
                     )
             _check_convex(region, [names[name] for name in region.owned])
+        twice = [name for name, count in Counter(region.name for region in self.regions).items() if count > 1]
+        if twice:
+            raise RewriteError("two regions have the same name", where=", ".join(twice))
         self._segments_cover(names)
 
     def _resolves(self, node: fx.Node) -> None:

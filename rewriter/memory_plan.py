@@ -53,17 +53,19 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         width = max(len(option.name) for option in self.options)
-        lines = [f"{'':{width}}  {'peak MiB':>9}  {'time':>5}"]
+        large = max(option.bytes for option in self.options) >= 2**20
+        unit, spelled = (2**20, "MiB") if large else (2**10, "KiB")
+        lines = [f"{'':{width}}  {'peak ' + spelled:>9}  {'time':>5}"]
         for option in self.options:
             over = "  over budget" if self.budget is not None and option.bytes > self.budget else ""
             note = f"  {option.note}" if option.note else ""
             exact = "  exact" if option.exact else ""
             lines.append(
-                f"{option.name:{width}}  {option.bytes / 2**20:9.2f}  {option.time:5.2f}{exact}{over}{note}".rstrip()
+                f"{option.name:{width}}  {option.bytes / unit:9.2f}  {option.time:5.2f}{exact}{over}{note}".rstrip()
             )
         if self.budget is not None:
             best = "nothing here fits the budget" if self.best is None else f"use: {self.best.name}"
-            lines.append(f"budget {self.budget / 2**20:.2f} MiB; {best}")
+            lines.append(f"budget {self.budget / unit:.2f} {spelled}; {best}")
         return "\n".join((*lines, *self.notes))
 
 

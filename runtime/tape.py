@@ -22,7 +22,7 @@ class Tape:
     `parameters`; `needed` says of each whether its gradient will be asked for.
     """
 
-    __slots__ = ("_kept", "aliases", "outputs")
+    __slots__ = ("__weakref__", "_kept", "aliases", "outputs")
 
     def __init__(
         self, segment: Segment, inputs: Sequence[Any], parameters: Mapping[int, Tensor], needed: Sequence[bool]

@@ -1,15 +1,18 @@
 """Chains as regions: which blocks a target has, where they are cut, and what cannot be cut."""
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from chains import Chained, InPlace, PostNorm, PreNorm, ResNet, Small, Stack, compared, feed
 from structures import program_of
 from torch import nn
 
-from rewriter import Highway
+from rewriter import Checkpoint, Highway, Horizon, Plan, RewriteError, rewrite
 from rewriter.passes.base import Entry, Refused
 from rewriter.passes.chain import block_regions, chain_of, residual_regions
 from rewriter.runtime.segment import Segment
@@ -181,3 +184,104 @@ def test_refusals():
     refused = regions(residual_regions, Stack(Small, 3), "blocks:out")
     assert isinstance(refused, Refused)
     assert "border" in refused.reason
+
+
+WAYS = [
+    lambda target: Checkpoint(target),
+    lambda target: Highway(target, iterations=2, segments=None, tape="never"),
+    lambda target: Horizon(target, 3, tape="never"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(WAYS, WAYS)))
+def test_two_entries_may_share_a_list_of_blocks(first, second):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + torch.tanh(self.inner(x))
+
+    class Six(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(6))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, x, y = Six().double(), torch.randn(5, 4).double(), torch.randn(5, 4).double()
+    step = rewrite(model, Plan([first("blocks[:3]"), second("blocks[3:]")]), loss=F.mse_loss)
+    ours, eager = step(x, target=y), F.mse_loss(model(x), y)
+    assert torch.equal(ours, eager)
+    assert [region.name for region in step.latest.program.regions] == ["blocks", "blocks@1"]
+    found = [torch.autograd.grad(loss, list(model.parameters())) for loss in (ours, eager)]
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_regions_of_one_name_are_an_error():
+    step = rewrite(Stack(PreNorm, 3), Plan([Checkpoint("blocks")]), example=(ROWS,))
+    program = step.latest.program
+    (region,) = program.regions
+    half = len(region.owned) // 2
+    parts = [dataclasses.replace(region, owned=owned) for owned in (region.owned[:half], region.owned[half:])]
+    with pytest.raises(RewriteError, match="two regions have the same name"):
+        program.with_(regions=tuple(parts)).verify()
+
+
+def test_blocks_may_share_what_the_model_holds():
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, place):
+            return torch.tanh(self.inner(x + place)) * 2 + x.sin()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.blocks = nn.Parameter(torch.randn(4)), nn.ModuleList(Placed() for _ in range(4))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x, self.place)
+            return x
+
+    model, x = Model().double(), torch.randn(3, 4).double()
+    step = rewrite(model, Plan([Checkpoint("blocks")]), example=(x,))
+    assert [len(region.parts) for region in step.latest.program.regions] == [4]
+    found = [torch.autograd.grad(call(x).square().sum(), list(model.parameters())) for call in (step, model)]
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_that_cannot_be_cut_off_is_named():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            return x + torch.tanh(self.inner(x)) * mask
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.blocks = nn.Embedding(9, 4), nn.ModuleList(Masked() for _ in range(4))
+
+        def forward(self, ids):
+            x = self.table(ids)
+            mask = (ids != 0).unsqueeze(-1).to(x.dtype)
+            for block in self.blocks:
+                x = block(x, mask)
+            return x
+
+    step = rewrite(Model(), Plan([Checkpoint("blocks")]), example=(torch.randint(0, 9, (3, 5)),))
+    (region,) = step.latest.program.regions
+    assert len(region.parts) == 3
+    assert "blocks.0 stays on the ordinary tape" in step.explain()
