@@ -1,6 +1,7 @@
 """What deferring weight gradients saves in recurrent networks: backward and whole-step CPU times.
 
     python benchmarks/recurrence.py            # the table
+    python benchmarks/recurrence.py goals      # its rows with goals, and the two that are reported beside them
     python benchmarks/recurrence.py sizes      # where the planner draws its lines
 
 One thread. Every row alternates its contestants and takes the best of five of each. `loop` is the cell in a Python loop
@@ -152,7 +153,7 @@ def row(name, contestants, sizes, dtype=torch.float32):
     others = [times[n][0] for n in ("loop", "torch") if n in times]
     ratios = " and ".join(f"{each / times['deferred'][0]:.2f}" for each in others)
     planned = min(others) / times["planned"][0]
-    print(f"{name:24} {columns}   backward {ratios} x, planned {planned:.2f} x of the faster")
+    print(f"{name:24} {columns}   backward {ratios} x, planned {planned:.2f} x of the faster", flush=True)
 
 
 def table():
@@ -169,6 +170,16 @@ def table():
         row("nn.LSTMCell in a loop", looped(nn.LSTMCell, size, pair=True), sizes)
         row("own cell, reset first", looped(ResetFirst, size), sizes)
         row("own cell, layer norm", looped(Normed, size), sizes)
+
+
+def goals():
+    print("CPU time in ms, backward / whole step; sizes are steps, rows, width")
+    small, large = (1024, 4, 64), (256, 32, 256)
+    row("nn.GRU 1024, 4, 64", whole(nn.GRU, 64), small)
+    row("nn.GRU 256, 32, 256", whole(nn.GRU, 256), large)
+    row("nn.LSTM 1024, 4, 64", whole(nn.LSTM, 64), small)
+    row("GRU's gates 1024, 4, 64", looped(OwnGRU, 64), small)
+    row("reset first 1024, 4, 64", looped(ResetFirst, 64), small)
 
 
 def errors():
@@ -201,6 +212,8 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread, best of 5")
     if sys.argv[1:] == ["sizes"]:
         sizes()
+    elif sys.argv[1:] == ["goals"]:
+        goals()
     else:
         errors()
         table()

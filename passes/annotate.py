@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .base import Pass
@@ -22,6 +23,7 @@ class Annotate(Pass):
     value none of whose dimensions moved has no rows. Without a second batch size (the model takes one only) the first
     dimension of the first example's size is taken for the rows. FLOPs are those torch's counter knows; saved bytes are
     distinct storages that the tape of one forward keeps, parameters and buffers left out.
+    A node that draws from torch's generators, changes a tensor or evaluates a box has an effect: it keeps its place.
     The caller preserves buffers, attributes and random state.
     """
 
@@ -41,7 +43,7 @@ class Annotate(Pass):
             name: _value(seen, other.seen.get(name) if other else None, self.batches)
             for name, seen in observer.seen.items()
         }
-        return program.with_(values=values, costs=observer.costs)
+        return program.with_(values=values, costs=observer.costs, effects=frozenset(observer.effects))
 
 
 @dataclass(frozen=True)
@@ -97,39 +99,64 @@ class _Observer(Runner):
         super().__init__(program, program.graph)
         self.seen: dict[str, Any] = {}
         self.costs: dict[str, Cost] = {}
+        self.effects: set[str] = set()
         self._flops = FlopCounterMode(display=False) if costs else None
-        self._fixed = {_storage(t) for t in (*program.model.parameters(), *program.model.buffers())}
-        self._storages: set[int] = set()
-        self._saved = 0
+        self._saved = _Saved(program)
 
     def observe(self, inputs: Sequence[Tensor]) -> None:
         if self._flops is None:
             self.run(*inputs)
             return
-        with self._flops, torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept):
+        with self._flops, torch.autograd.graph.saved_tensors_hooks(self._saved.pack, lambda kept: kept):
             self.run(*inputs)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
-        if storage not in self._fixed and storage not in self._storages:
-            self._storages.add(storage)
-            self._saved += tensor.untyped_storage().nbytes()
-        return tensor
 
     def run_node(self, n: fx.Node) -> Any:
         flops = self._flops.get_total_flops() if self._flops else 0
-        self._saved = 0
+        self._saved.bytes = 0
+        before = self._state(n) if self._flops else None
         result = super().run_node(n)
         self.seen[n.name] = _look(result)
         if self._flops:
-            self.costs[n.name] = Cost(self._flops.get_total_flops() - flops, self._saved, self._queries(n, result))
+            hidden = "batch_norm" in str(n.target)  # writes its running statistics without saying so
+            if hidden or is_box_call(n, self.program) or self._state(n) != before:
+                self.effects.add(n.name)
+            self.costs[n.name] = Cost(
+                self._flops.get_total_flops() - flops, self._saved.bytes, self._queries(n, result)
+            )
         return result
+
+    def _state(self, n: fx.Node) -> Any:
+        """What a node without effects leaves as it was: random states, and the tensors it reads."""
+        if n.op in ("placeholder", "get_attr", "output"):
+            return None
+        tensors = [value for source in n.all_input_nodes for value in tree_leaves(self.env[source])]
+        if n.op == "call_module":
+            module = self.program.module(str(n.target))
+            tensors += [*module.parameters(), *module.buffers()]
+        random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])  # type: ignore[no-untyped-call]
+        versions = tuple(value._version for value in tensors if isinstance(value, Tensor))
+        return versions, [state.numpy().tobytes() for state in random]
 
     def _queries(self, n: fx.Node, result: Any) -> int:
         if not is_box_call(n, self.program):
             return 0
         first = result[0] if isinstance(result, tuple | list) else result
         return int(first.shape[0])
+
+
+class _Saved:
+    """Bytes that a tape keeps. It is held by that tape, so it must not hold anything on it, as the observer does."""
+
+    def __init__(self, program: Program) -> None:
+        self.bytes = 0
+        self._known = {_storage(t) for t in (*program.model.parameters(), *program.model.buffers())}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage not in self._known:
+            self._known.add(storage)
+            self.bytes += tensor.untyped_storage().nbytes()
+        return tensor.detach()  # an output kept as it is would keep its own node alive for good
 
 
 def _storage(tensor: Tensor) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.ledger import Ledger
@@ -44,9 +44,10 @@ class Pass(ABC):
 class Entry(Pass):
     """A plan entry: says for a part of the model where its gradient comes from.
 
-    `target` is its first field. `ahead`: its rules evaluate the loss themselves (`Call.objective`). `wholes(model)`
-    names the modules that capture must keep as one node; `rule(...)` builds what runs. Entries print as the text that
-    makes them, and `Plan` reads that text back.
+    `target` is its first field. `ahead`: its rules evaluate the loss themselves (`Call.objective`). `learns`: they have
+    parameters of their own, which the rewritten module registers. `wholes(model)` names the modules that capture must
+    keep as one node; `rule(...)` builds what runs. Entries print as the text that makes them, and `Plan` reads that
+    text back.
     """
 
     ahead: ClassVar[bool] = False
@@ -70,6 +71,14 @@ class Entry(Pass):
         self, program: Program, region: Region, segment: RuntimeSegment, ledger: Ledger, known: Rule | None
     ) -> Rule:
         """What runs in `segment`. known: the region's rule in another capture, with which it shares what it learns."""
+
+    @property
+    def learns(self) -> bool:
+        return False
+
+    def trainable(self, rule: Rule, segment: RuntimeSegment) -> Callable[[], tuple[Tensor, ...]]:
+        """The parameters whose gradients the rule returns, by name at each call."""
+        return segment.trainable
 
     def returned(self, program: Program, region: Region) -> tuple[int, ...] | None:
         """Which of its rule's outputs the region returns, where the rule has more than the graph reads."""

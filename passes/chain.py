@@ -29,7 +29,8 @@ def residual_regions(entry: Entry, program: Program) -> tuple[Program, list[Regi
 
     def pieces(structure: Structure, inside: frozenset[str], _: Sequence[Place]) -> Iterator[Pieces]:
         for chain in structure.chains:
-            yield from _runs([_trimmed(segment, inside) for segment in chain.segments], inside)
+            segments = [_trimmed(segment, inside) for segment in chain.segments]
+            yield from _runs(segments, [_branch_inside(segment, inside, program) for segment in segments])
 
     return _regions(entry, program, pieces, "no residual chain of at least two segments")
 
@@ -43,7 +44,7 @@ def block_regions(entry: Entry, program: Program) -> tuple[Program, list[Region]
 
     def pieces(structure: Structure, inside: frozenset[str], places: Sequence[Place]) -> Iterator[Pieces]:
         lines = [structure.spans, *(chain.segments for chain in structure.chains)]
-        found = [run for line in lines for run in _runs(line, inside)]
+        found = [run for line in lines for run in _runs(line, [_within(piece, inside, program) for piece in line])]
         found = [_grouped(run, _units(places, program), program) for run in found]
         yield from sorted(found, key=len, reverse=True)[:1]
 
@@ -70,11 +71,15 @@ def _regions(
     if not found:
         why = f": {structure.reason}" if structure.reason else ""
         return Refused(_shown(places), f"{nothing} lies in it{why}", "name the list of blocks, or leave it to the tape")
+    refused = _left_out(entry, places, {name for run in found for piece in run for name in piece.nodes}, program)
+    if refused is not None:
+        return refused
     order = {node.name: number for number, node in enumerate(program.graph.nodes)}
     regions: list[Region] = []
     for run in found:
         owned = tuple(sorted({name for piece in run for name in piece.nodes}, key=order.__getitem__))
-        name = _name(run, places, program, {region.name for region in regions})
+        taken = {region.name for region in (*program.regions, *regions)}
+        name = _name([name for name in owned if name in inside], places, program, taken)
         moved = together(owned, program, name)
         if isinstance(moved, Refused):
             return moved
@@ -84,7 +89,16 @@ def _regions(
         if refused is not None:
             return refused
         regions.append(region)
-    return program, regions
+    return program.with_(notes=(*program.notes, *_kept(entry, places, regions, program))), regions
+
+
+def _kept(entry: Entry, places: Sequence[Place], regions: Sequence[Region], program: Program) -> Iterator[str]:
+    """A note for every block that is in no region, so that nobody counts on it."""
+    owned = {name for region in regions for name in region.owned}
+    for unit in _units(places, program):
+        own = list(_inside(program, [Place(unit)]))
+        if own and owned.isdisjoint(own):
+            yield f"{entry}: {unit} stays on the ordinary tape: more than one value goes from it to the next block"
 
 
 def _unsuitable(entry: Entry, place: Place, program: Program) -> Refused | None:
@@ -92,6 +106,19 @@ def _unsuitable(entry: Entry, place: Place, program: Program) -> Refused | None:
         kind = type(entry).__name__
         return Refused(place.module, f"{kind} rules blocks, not the value at a border", f"write `{place.module}`")
     return hooked(place, program)
+
+
+def _left_out(entry: Entry, places: Sequence[Place], owned: set[str], program: Program) -> Refused | None:
+    """Why a place that the target names is in no region; a single operation, such as a last norm, may be in none."""
+    for place in places:
+        inside = list(_inside(program, [place]))
+        if len(inside) > 1 and owned.isdisjoint(inside):
+            return Refused(
+                place.module,
+                f"{type(entry).__name__} found blocks in other parts of the target, and none here",
+                "leave it out of the target, or name the module whose forward adds up its blocks",
+            )
+    return None
 
 
 def _inside(program: Program, places: Sequence[Place]) -> Iterator[str]:
@@ -109,16 +136,29 @@ def _inside(program: Program, places: Sequence[Place]) -> Iterator[str]:
                 break
 
 
-def _runs(pieces: Sequence[Span], inside: frozenset[str]) -> Iterator[Pieces]:
-    """Neighbours that lie wholly inside."""
+def _runs(pieces: Sequence[Span], inside: Sequence[bool]) -> Iterator[Pieces]:
+    """Neighbours that lie inside."""
     run: list[Span] = []
-    for piece in pieces:
-        if inside.issuperset(piece.nodes):
+    for piece, within in zip(pieces, inside, strict=True):
+        if within:
             run.append(piece)
             continue
         yield tuple(run)
         run = []
     yield tuple(run)
+
+
+def _within(piece: Span, inside: frozenset[str], program: Program) -> bool:
+    """Whether a piece lies inside; what it reads of the model around it (a table of positions) may be read anywhere."""
+    return all(name in inside or program.node(name).op == "get_attr" for name in piece.nodes)
+
+
+def _branch_inside(segment: ChainSegment, inside: frozenset[str], program: Program) -> bool:
+    """Whether a segment lies inside but for its sum, and functions around it: `x = x + block(x)` in the loop itself."""
+    if segment.add is None or _within(segment, inside, program):
+        return _within(segment, inside, program)
+    modules = [name for name in segment.nodes if program.node(name).op == "call_module"]
+    return inside.issuperset(modules) and not inside.isdisjoint(segment.branch)
 
 
 def _trimmed(segment: ChainSegment, inside: frozenset[str]) -> ChainSegment:
@@ -169,9 +209,9 @@ def _joined(pieces: Sequence[Span]) -> Span:
     return Span(pieces[0].input, pieces[-1].output, nodes, tuple(sides), tuple(elsewhere))
 
 
-def _name(run: Pieces, places: Sequence[Place], program: Program, taken: set[str]) -> str:
-    """The innermost module that all blocks are in, by the names of their nodes."""
-    blocks = [program.node(piece.output).meta.get("block", ()) for piece in run]
+def _name(own: Sequence[str], places: Sequence[Place], program: Program, taken: set[str]) -> str:
+    """The innermost module that all of these nodes are in."""
+    blocks = [program.node(name).meta.get("block", ()) for name in own]
     paths = [block[-1][0].split(".") if block else [] for block in blocks]
     common = [own[0] for own in takewhile(lambda own: len(set(own)) == 1, zip(*paths, strict=False))]
     name = ".".join(common) or places[0].module
@@ -235,9 +275,18 @@ def _block(program: Program, region: Region, piece: Span, read: set[str], divide
     residual = isinstance(piece, ChainSegment) and piece.add is not None
     split = divided and residual
     code = _code(program, piece, read, split)
-    identity = split and isinstance(piece, ChainSegment) and piece.skip == "identity" and not piece.after
+    identity = split and isinstance(piece, ChainSegment) and _is_identity(piece, program)
     name = f"{region.name} {piece.output}"
     return Block(name, emit_segment(name, code.graph, program), code.reads, code.writes, split, identity)
+
+
+def _is_identity(piece: ChainSegment, program: Program) -> bool:
+    """Whether the block's input reaches its output as it is; a sum may also repeat it over rows or time (broadcast)."""
+    given, left = (program.values[name] for name in (piece.input, piece.output))
+    same = isinstance(given, Value) and isinstance(left, Value) and given.shape == left.shape
+    sums = (program.node(name) for name in (piece.add, *piece.skip_nodes) if name)
+    plain = all("alpha" not in node.kwargs for node in sums)  # torch.add(y, x, alpha=2)
+    return same and plain and piece.skip == "identity" and not piece.after
 
 
 def _code(program: Program, piece: Span, read: set[str], split: bool) -> _Code:

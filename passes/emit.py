@@ -57,9 +57,9 @@ def emit(program: Program, clock: Clock, ledger: Ledger, rules: dict[str, Rule])
             if region.name not in rules:
                 rules[region.name] = rule
             returned = region.entry.returned(program, region)
-            target = Region(
-                region.name, rule, clock, segment.trainable, returned, region.entry.supplies(program, region)
-            )
+            trainable = region.entry.trainable(rule, segment)
+            supplies = region.entry.supplies(program, region)
+            target = Region(region.name, rule, clock, trainable, returned, supplies)
             regions[region.name] = target
         frame.__dict__[described.name] = target
     source, step = _compile("step", program.partitioned.graph)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
-from torch import fx, nn
+from torch import fx
 
 from .base import Refused
 from .program import Program, reach
 from .structure.operations import writes
-
-# Modules without buffers, random numbers or memory: their calls may change places with others.
-_PLAIN = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.SiLU, nn.Softmax)
-_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal", "rrelu")
 
 
 def together(names: Sequence[str], program: Program, where: str) -> Program | Refused:
     """The program with these nodes (a convex set, in graph order) next to each other.
 
     What stands between goes before the first one, or behind the last one where it depends on one of them; refused where
-    it may draw random numbers or change a tensor. `where`: the part of the model, for the refusal.
+    it has effects (see `Annotate`). `where`: the part of the model, for the refusal.
     """
     graph = program.edit()
     nodes = {node.name: node for node in graph.nodes}
@@ -30,10 +26,10 @@ def together(names: Sequence[str], program: Program, where: str) -> Program | Re
     between = [node for node in order[order.index(first) : order.index(last)] if node not in inside]
     after = set(reach(list(inside)))
     for node in between:
-        if not movable(node, program):
+        if node.name in program.effects:
             return Refused(
                 f"{where}: {node.name}",
-                f"it stands between nodes of {where} and may draw random numbers or change a tensor",
+                f"it stands between nodes of {where}, and draws random numbers, changes a tensor or evaluates a box",
                 "compute it before or after that part",
             )
     for node in between:
@@ -43,14 +39,6 @@ def together(names: Sequence[str], program: Program, where: str) -> Program | Re
         else:
             first.prepend(node)
     return program.edited(graph)
-
-
-def movable(node: fx.Node, program: Program) -> bool:
-    """Whether a node neither draws random numbers nor changes a tensor."""
-    if node.op == "call_module":
-        return type(program.module(str(node.target))) in _PLAIN
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op == "get_attr" or not (writes(node, program.module) or any(random in name for random in _RANDOM))
 
 
 def renamed(program: Program) -> Program:

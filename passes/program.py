@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -91,8 +92,9 @@ class Program:
     """Immutable to callers: passes return a new one.
 
     model: the user's module, whose names the graph's targets are; graph: flat, one placeholder per tensor argument and
-    one flat tuple of tensors as output; constants: tensors that capture found outside any module; values and costs: per
-    node name, from `annotate`; regions: from plan entries; segments and partitioned: from `partition`.
+    one flat tuple of tensors as output; constants: tensors that capture found outside any module; values and costs (per
+    node name) and effects (nodes that draw random numbers, change a tensor or evaluate a box): from `annotate`;
+    regions: from plan entries; segments and partitioned: from `partition`.
     """
 
     model: nn.Module
@@ -100,6 +102,7 @@ class Program:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Value | tuple[Value | None, ...]] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
+    effects: frozenset[str] = frozenset()
     opaque: Mapping[str, str] = field(default_factory=dict)
     regions: tuple[Region, ...] = ()
     segments: tuple[Segment, ...] = ()
@@ -170,6 +173,9 @@ class Program:
                         remedy="take one of the two entries out of the plan, or narrow its target",
                     )
             _check_convex(region, [names[name] for name in region.owned])
+        twice = [name for name, count in Counter(region.name for region in self.regions).items() if count > 1]
+        if twice:
+            raise RewriteError("two regions have the same name", where=", ".join(twice))
         self._segments_cover(names)
 
     def _resolves(self, node: fx.Node) -> None:

@@ -73,6 +73,12 @@ def unseen(place: Place, program: Program) -> Refused:
             "nothing in it is trained",
         )
     whole = [name for name in _called(program) if place.module.startswith(f"{name}.")]
+    if whole and type(program.module(whole[0])).__module__.startswith("torch.nn."):
+        return Refused(
+            place.module,
+            f"it lies inside {whole[0]}, a module of torch's own, which stays one call inside another model",
+            f"rewrite {whole[0]} itself, or write its forward as a module of your own that calls its parts",
+        )
     if whole:
         return Refused(
             place.module,

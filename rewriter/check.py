@@ -217,4 +217,4 @@ def _autograd(segment: Segment, inputs: tuple[Any, ...], cotangents: Gradients, 
             return tuple(None for _ in needed)
         ends, given = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(ends, sources, given, allow_unused=True))
-    return tuple(next(found) if need else None for need in needed)
+    return tuple(next(found, None) if need else None for need in needed)  # the rule's own parameters come last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rewriter.passes.program import Cost, Program, Region, Value, holds_box
@@ -26,7 +27,7 @@ def _head(step: Rewritten) -> str:
     captured = step.latest.captured
     lines = [f"{type(step.model).__name__}, captured by {captured.front_end}"]
     lines += [f"  {name} stays whole: {reason}" for name, reason in sorted(captured.opaque.items())]
-    lines += [f"  {note}" for note in captured.notes]
+    lines += [f"  {note}" for note in (*captured.notes, *step.latest.program.notes)]
     return "\n".join(lines)
 
 
@@ -35,14 +36,26 @@ def _region(region: Region, step: Rewritten) -> str:
     facts = step.latest.emitted.regions[region.name].rule.describe()
     lines = [f"{region.name}: {facts['rule']} ({region.entry})"]
     values = [program.values.get(node.name) for node in inputs_of(program, region)]
-    shown = ", ".join(str(value) for value in values if isinstance(value, Value))
+    alike = Counter(str(value) for value in values if isinstance(value, Value))
+    shown = ", ".join(text if count == 1 else f"{count} x {text}" for text, count in alike.items())
     lines.append(f"  inputs: {shown}")
     if facts["rule"] == "black-box":
         lines += _black_box(facts, holds_box(program.module(region.target)), facts["width"] or _width(values))
     elif facts["rule"] == "ulr-cut":
         lines += _ulr_cut(facts)
+    elif facts["rule"] == "horizon":
+        lines += _horizon(facts, region, program)
+    elif facts["rule"] == "checkpoint":
+        lines.append(
+            f"  {facts['blocks']} blocks, run again {facts['every']} at a time in backward: exact, one forward more"
+        )
+    elif facts["rule"] == "highway":
+        lines += _highway(facts)
     counts = step.ledger[region.name]
-    lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
+    if facts["rule"] not in ("black-box", "ulr-cut"):
+        lines.append(f"  spent so far: {counts.vjps:,} vjps, {counts.forwards:,} forwards of parts run again")
+    else:
+        lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
     return "\n".join(lines)
 
 
@@ -124,6 +137,48 @@ def _ulr_cut(facts: dict[str, Any]) -> list[str]:
             "  simpler: without the entry the gradient is exact, for about two forwards of what follows instead of "
             f"{facts['copies']}; the cut pays where its activations do not fit, or to train under noise"
         )
+    return lines
+
+
+def _highway(facts: dict[str, Any]) -> list[str]:
+    kinds = {"identity": "identity", "mapped": "mapped, each a vjp of its own at every scan", "none": "no skip"}
+    skips = "; ".join(f"{count} {kinds[kind]}" for kind, count in facts["skips"].items() if count)
+    lines = [f"  {facts['blocks']} blocks in {facts['units']} units, exact inside each; skips: {skips}"]
+    lines.append(f"  iterations: {facts['iterations']}; {facts['units'] - 1} are exact")
+    if facts["terms"]:
+        error, terms = facts["error"], facts["terms"]
+        shown = ", ".join(f"{length:.2g}" for length in terms[-3:])
+        sizes = f"  last terms, by length: {shown}"
+        if len(terms) > 1:
+            sizes += ", shrinking" if terms[-1] < terms[-2] else ", growing"
+        known = error is not None and math.isfinite(error)
+        lines.append(f"{sizes}; predicted error: " + (f"{error:.1g} of the cotangents" if known else "not known"))
+    cost = "each adds a vjp of nearly all units to its inputs"
+    if facts["count"] is not None:
+        how = "measured" if facts["measured"] else "predicted from counts of vjps"
+        cost = f"forward and backward {facts['cost']:.2f} x those of the tape with {facts['count']} ({how})"
+    lines.append(
+        f"  on one device: {cost}; the ordinary tape is exact and faster there, and iterations pay only where each "
+        "unit has a device of its own and micro-batches cannot fill them"
+    )
+    return lines
+
+
+def _horizon(facts: dict[str, Any], region: Region, program: Program) -> list[str]:
+    blocks, horizon, stride, windows = (facts[name] for name in ("blocks", "horizon", "stride", "windows"))
+    when = "while the model runs" if facts["when"] == "forward" else "in backward, from a second run"
+    lines = [
+        f"  {blocks} blocks in {windows} window(s) of {horizon}, one every {stride}; {facts['head']} head",
+        f"  exact: the last {horizon} block(s) and what follows them; others see a loss at most {horizon} on, {when}",
+        f"  cost: {facts['vjps']} block vjps per step, {blocks} on the tape",
+    ]
+    if windows > 1 and stride < horizon:
+        lines.append(f"  simpler: stride={horizon} takes {blocks} vjps or few more, and was found to train better")
+    kept = sum(program.costs[name].saved for name in region.owned if name in program.costs)
+    lines.append(
+        f"  simpler: Checkpoint is exact at one more forward; the blocks' tapes keep {kept / 2**20:.3g} MiB in all, "
+        "and memory_plan(model, example) compares the two"
+    )
     return lines
 
 

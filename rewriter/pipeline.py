@@ -65,7 +65,7 @@ def build(
     again: there are captures already that did not fit; this one leaves as many sizes open as it can.
     """
     with counted_rows() as rows:
-        captured, program, history = _analyse(model, plan, args, kwargs, again)
+        captured, program, history = analysed(model, plan, args, kwargs, again)
     emitted = emit(program, clock, ledger, rules)
     for region in program.regions:
         part = model.get_submodule(region.target)
@@ -74,9 +74,10 @@ def build(
     return Variant(captured, program, tuple(history), emitted)
 
 
-def _analyse(
-    model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool
+def analysed(
+    model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool = False
 ) -> tuple[Capture, Program, list[Step]]:
+    """The model as a program: captured, annotated, with the plan's regions, and partitioned."""
     wholes = frozenset(name for entry in plan for name in entry.wholes(model))
     try:
         captured = capture(

@@ -9,11 +9,21 @@ from typing import Any, overload
 
 from rewriter.passes.base import Entry
 from rewriter.passes.black_box import BlackBox
+from rewriter.passes.checkpoint import Checkpoint
 from rewriter.passes.deferred import Deferred
+from rewriter.passes.highway import Highway
+from rewriter.passes.horizon import Horizon
 from rewriter.passes.ulr_cut import UlrCut
 from rewriter.runtime.errors import RewriteError
 
-ENTRIES: dict[str, type[Entry]] = {"BlackBox": BlackBox, "Deferred": Deferred, "UlrCut": UlrCut}
+ENTRIES: dict[str, type[Entry]] = {
+    "BlackBox": BlackBox,
+    "Checkpoint": Checkpoint,
+    "Deferred": Deferred,
+    "Highway": Highway,
+    "Horizon": Horizon,
+    "UlrCut": UlrCut,
+}
 
 _LARGEST = 1 << 20  # bytes of a plan file; a plan is a page, not a data set
 

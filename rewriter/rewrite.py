@@ -49,9 +49,17 @@ def rewrite(
             why="learnt state is kept under that name in state_dict()",
             remedy="rename the child",
         )
+    learning = next((entry for entry in plan if entry.learns), None)
+    if learning is not None and example is None:
+        raise RewriteError(
+            "the plan has parameters of its own, and their shapes are not known yet",
+            where=str(learning),
+            why="an optimizer made before the first call would not have them",
+            remedy="rewrite(..., example=(x,))",
+        )
     step = Rewritten(model, plan, None if loss is None else Loss(loss), seed)
     if example is not None:
-        args, kwargs = _arguments(example)
+        args, kwargs = arguments(example)
         step.capture(*args, **kwargs)
     return step
 
@@ -68,7 +76,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as (args, kwargs); raises RewriteError where it is none."""
     if isinstance(example, Mapping):
         return (), dict(example)
     if isinstance(example, tuple):

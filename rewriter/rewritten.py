@@ -277,13 +277,13 @@ class Rewritten(nn.Module):
         # Rules hold evaluators and emitted code; their state waits for the next capture instead.
         learnt = state["_modules"]["rewriter"].get_extra_state()
         state["_modules"] = {name: module for name, module in state["_modules"].items() if name != "rewriter"}
-        state.update(_learnt=learnt, _clock=None, _rules=None)
+        state.update(_learnt=learnt, _heads=self._rules.heads, _clock=None, _rules=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        learnt = state.pop("_learnt")
+        learnt, heads = state.pop("_learnt"), state.pop("_heads")
         self.__dict__.update(state)
-        clock, rules = Clock(0), Rules()
+        clock, rules = Clock(0), Rules(heads)
         own = Learnt(clock, rules)
         own.set_extra_state(learnt)
         self.__dict__.update(_clock=clock, _rules=rules)

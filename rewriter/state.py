@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.heads import AuxiliaryHeads
+from rewriter.runtime.horizon import HorizonRule
 from rewriter.runtime.region import Clock
 from rewriter.runtime.rule import Rule
 
@@ -17,20 +19,31 @@ _VERSION = 2
 
 
 class Rules(dict[str, Rule]):
-    """The rules that run, by region name. A rule made after its state was loaded gets that state as it is added."""
+    """The rules that run, by region name. A rule made after its state was loaded gets that state as it is added.
 
-    def __init__(self) -> None:
+    heads: what rules learn as parameters, by region; a copied or unpickled step has them before the rules.
+    """
+
+    def __init__(self, heads: nn.ModuleDict | None = None) -> None:
         super().__init__()
         self.waiting: dict[str, dict[str, Any]] = {}
+        self.heads = nn.ModuleDict() if heads is None else heads
 
     def __setitem__(self, name: str, rule: Rule) -> None:
         super().__setitem__(name, rule)
+        if isinstance(rule, HorizonRule) and isinstance(rule.heads, AuxiliaryHeads):
+            spelled = name.replace(".", "_")
+            known = dict(self.heads.items()).get(spelled)
+            if isinstance(known, nn.ModuleList):
+                rule.heads.modules = known
+            else:
+                self.heads[spelled] = rule.heads.modules
         if name in self.waiting:
             rule.set_state(self.waiting.pop(name))
 
 
 class Learnt(nn.Module):
-    """Counters and running statistics of the rules, as one extra state.
+    """Counters and running statistics of the rules, as one extra state, and the heads they train.
 
     It is a byte tensor holding JSON, so it passes through every checkpoint format that takes tensors, is read without
     executing anything, and restores floats exactly. Loading a checkpoint without it leaves the present state alone.
@@ -38,7 +51,7 @@ class Learnt(nn.Module):
 
     def __init__(self, clock: Clock, rules: Rules) -> None:
         super().__init__()
-        self.clock, self.rules = clock, rules
+        self.clock, self.rules, self.heads = clock, rules, rules.heads
 
     def get_extra_state(self) -> Tensor:
         states = {**self.rules.waiting, **{name: rule.get_state() for name, rule in self.rules.items()}}

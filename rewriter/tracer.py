@@ -44,7 +44,7 @@ class CaptureTracer(fx.Tracer):
         self._autowrap_search.append(torch)
         self.fix_sizes = fix_sizes
         self.fixed_inputs: set[fx.Node] = set()
-        self.fixed_rows: set[fx.Node] = set()
+        self.fixed_lengths: set[tuple[fx.Node, int]] = set()
         self.surely_tensors: set[fx.Node] = set()
         self.opaque: dict[str, str] = {}
         self.failed: set[str] = set()
@@ -79,13 +79,14 @@ class CaptureTracer(fx.Tracer):
         fixed = {
             index: tuple(tensors[index].shape) for index, node in enumerate(placeholders) if node in self.fixed_inputs
         }
-        rows = tuple(
-            f"s[{index}][0] == {len(tensors[index])}"
+        lengths = tuple(
+            f"s[{index}][{dimension}] == {tensors[index].shape[dimension]}"
             for index, node in enumerate(placeholders)
-            if node in self.fixed_rows
+            for dimension in range(tensors[index].ndim)
+            if (node, dimension) in self.fixed_lengths
         )
         failed = frozenset(self.failed)
-        return Traced(graph, self._outputs, self.constants, self.inlined, self.opaque, failed, fixed, rows)
+        return Traced(graph, self._outputs, self.constants, self.inlined, self.opaque, failed, fixed, lengths)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         tree, tensors, names = self._call
@@ -104,19 +105,20 @@ class CaptureTracer(fx.Tracer):
         return run, []
 
     def length_of(self, value: Value) -> int | None:
-        """How many items iteration over an argument, or over `unbind` of it, gives; None where sizes stay open."""
+        """How many items iteration over an argument, or over `unbind` of it, gives; None where only a run can tell.
+
+        The graph then holds for that length, whatever the other sizes are.
+        """
         node, dimension = value.node, 0
         if node.target in (torch.unbind, "unbind"):
             given = dict(zip(("input", "dim"), node.args, strict=False)) | node.kwargs
             node, dimension = given.get("input"), given.get("dim", 0)  # type: ignore[assignment]
-        if not self.fix_sizes or not isinstance(node, fx.Node) or node.op != "placeholder":
+        if not isinstance(node, fx.Node) or node.op != "placeholder":
             return None
         shape = self._placeholders[node].shape
         if not isinstance(dimension, int) or not -len(shape) <= dimension < len(shape):
             return None
-        self.fixed_inputs.add(node)
-        if dimension % len(shape) == 0:
-            self.fixed_rows.add(node)
+        self.fixed_lengths.add((node, dimension % len(shape)))
         return shape[dimension]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -141,7 +143,7 @@ class CaptureTracer(fx.Tracer):
     def _inline_or_keep(self, m: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         mark = next(reversed(self.graph.nodes), None)
         before = (self._calls.copy(), dict(self.opaque), dict(self.inlined), set(self.failed))
-        fixed = set(self.fixed_inputs), set(self.fixed_rows)
+        fixed = set(self.fixed_inputs), set(self.fixed_lengths)
         self.inlined[name] = m
         try:
             return self._inline(m, name, forward, args, kwargs)
@@ -151,7 +153,7 @@ class CaptureTracer(fx.Tracer):
                     break
                 self.graph.erase_node(node)
             self._calls, self.opaque, self.inlined, self.failed = before
-            self.fixed_inputs, self.fixed_rows = fixed
+            self.fixed_inputs, self.fixed_lengths = fixed
             self.opaque[name] = describe(error)
             self.failed.add(name)
         return self.create_proxy("call_module", name, args, kwargs)

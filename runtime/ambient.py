@@ -26,6 +26,11 @@ class Ambient:
     warn_only: bool
     device: int | None
 
+    @property
+    def half(self) -> bool:
+        """Whether autocast computes in float16 somewhere."""
+        return self.autocast is not None and any(on and dtype == torch.float16 for on, dtype in self.autocast[0])
+
     @staticmethod
     def now() -> Ambient:
         autocast = None

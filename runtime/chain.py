@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from .ledger import Ledger
 from .rule import Call, Gradients
 from .segment import Segment
-from .tape import Tape
+from .tape import Tape, Wanted, pull_all
 
 Optional = Tensor | None
 Stream = Literal["both", "branch", "skip", "none"]
@@ -29,7 +30,7 @@ class Block:
 
     reads, writes: names of values; the stream's first. divided: the code takes the stream twice, for the branch and for
     the skip, so that each has a vjp of its own: d block = J + K with J through the branch and K through the skip.
-    identity: K is the identity, and no vjp is needed for it.
+    identity: K is the identity, and no vjp is needed for it; the skip is not on the block's tape then.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Chain:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    @property
+    @cached_property
     def stream(self) -> tuple[str, ...]:
         """Names of the values at the cuts, the chain's input first."""
         return (self.blocks[0].reads[0], *(block.writes[0] for block in self.blocks))
@@ -68,9 +69,15 @@ class Chain:
 
 @dataclass(slots=True)
 class _Taped:
-    """A block's tape; keys: of its aliases behind the stream's, by name of a side input or id of a parameter."""
+    """A block's tape.
+
+    streams: whether the branch and the skip have aliases to follow, in one place where they are not divided; rest: the
+    same of side inputs and parameters; keys: of these, by name of a side input or id of a parameter.
+    """
 
     tape: Tape
+    streams: list[bool]
+    rest: list[bool]
     keys: tuple[str | int, ...]
     hoisted: tuple[Tensor, ...]
 
@@ -89,6 +96,8 @@ class Run:
         self._parameters = dict(zip(trained, parameters, strict=True))
         self._keys: tuple[str | int, ...] = (*chain.inputs, *trained)
         self._needed: set[str | int] = {key for key, need in zip(self._keys, call.needed, strict=True) if need}
+        for key, parameter in self._parameters.items():  # the bridge's aliases serve the tapes of all blocks
+            parameter.requires_grad_(key in self._needed)
         self._tapes: list[_Taped | None] = [None] * len(chain)
         self.gradients: dict[str | int, Tensor] = {}
 
@@ -97,19 +106,27 @@ class Run:
         block = self.chain.blocks[number]
         reads = [self.values[name] for name in block.reads]
         given = [*reads[:1] * (block.streams - 1), *reads]
-        own = {key: self._parameters[key] for key in map(id, block.segment.trainable())}
+        own = block.segment.among(self._parameters)
         keys: tuple[str | int, ...] = (*block.reads[1:], *own)
-        needed = [*[block.reads[0] in self._needed] * block.streams, *(key in self._needed for key in keys)]
+        stream = block.reads[0] in self._needed
+        streams = [stream, stream and not block.identity][: block.streams]
+        rest = [key in self._needed for key in keys]
+        needed = [*streams, *rest]
         if taped and True in needed:
             tape = Tape(block.segment, given, own, needed)
             outputs = tape.outputs
-            self._tapes[number] = _Taped(tape, keys, tape.taken())
+            self._tapes[number] = _Taped(tape, streams, rest, keys, tape.taken())
             self._needed.update(n for n, o in zip(block.writes, outputs, strict=True) if o.requires_grad)
         else:
             outputs = block.segment.run(tuple(given), own)
             if True in needed:
                 self._needed.update(n for n, o in zip(block.writes, outputs, strict=True) if o.is_floating_point())
         self.values.update(zip(block.writes, (output.detach() for output in outputs), strict=True))
+
+    def trains(self, number: int) -> bool:
+        """Whether a block has gradients to supply beside the stream's."""
+        block = self.chain.blocks[number]
+        return any(key in self._needed for key in (*block.reads[1:], *map(id, block.segment.trainable())))
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The region's."""
@@ -145,27 +162,45 @@ class Run:
         (J), the "skip" (K), or "none". rest: add the gradients of parameters and side inputs to `gradients` too.
         keep: the tape stays for another vjp.
         """
-        taped, block = self._tapes[number], self.chain.blocks[number]
-        if stream == "skip" and not rest and (block.identity or not block.divided):
-            return cotangents[0] if block.identity else None
-        if taped is None:
-            return None
-        aliases, streams = taped.tape.aliases, block.streams
-        follow = _FOLLOWED[stream][-streams:]
-        wanted = [
-            isinstance(alias, Tensor) and alias.requires_grad and (follow[place] if place < streams else rest)
-            for place, alias in enumerate(aliases)
-        ]
-        found = taped.tape.pull(cotangents, wanted, keep, taped.hoisted)
-        if not keep:
-            self._tapes[number] = None
-        if found is None:
-            return None
-        ledger.add(self.region, vjps=1)
-        for key, gradient in zip(taped.keys, found[streams:], strict=True):
-            if gradient is not None:
-                self.add(key, gradient)
-        return total(found[:streams])
+        (found,) = self.pull_all([(number, cotangents, stream)], ledger, keep=keep, rest=rest)
+        return found
+
+    def pull_all(
+        self, asked: Sequence[tuple[int, Sequence[Optional], Stream]], ledger: Ledger, *, keep: bool, rest: bool
+    ) -> list[Optional]:
+        """`pull` of several blocks, (number, cotangents, stream) each, at once; no block twice."""
+        found: list[Optional] = [None] * len(asked)
+        jobs: list[tuple[int, _Taped]] = []
+        wanted: list[Wanted] = []
+        for place, (number, cotangents, stream) in enumerate(asked):
+            taped, block = self._tapes[number], self.chain.blocks[number]
+            if taped is None:
+                continue
+            follow = _FOLLOWED[stream][-block.streams :]
+            if block.identity and follow[-1] and taped.streams[0]:
+                found[place] = cotangents[0]
+            streams = [need and followed for need, followed in zip(taped.streams, follow, strict=True)]
+            others = taped.rest if rest else [False] * len(taped.rest)
+            jobs.append((place, taped))
+            wanted.append((taped.tape, cotangents, [*streams, *others], taped.hoisted))
+            if not keep:
+                self._tapes[number] = None
+        vjps = 0
+        for (place, taped), gradients in zip(jobs, pull_all(wanted, keep), strict=True):
+            if gradients is not None:
+                vjps += 1
+                count = len(taped.streams)
+                found[place] = total((*gradients[:count], found[place]))
+                for key, gradient in zip(taped.keys, gradients[count:], strict=True):
+                    if gradient is not None:
+                        self.add(key, gradient)
+        if vjps:
+            ledger.add(self.region, vjps=vjps)
+        return found
+
+    def taped(self, number: int) -> bool:
+        """Whether a block has a tape: something in it, or before it, needs a gradient."""
+        return self._tapes[number] is not None
 
     def free(self, number: int) -> None:
         """Drops a block's tape."""

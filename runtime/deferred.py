@@ -13,7 +13,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from .errors import RewriteError
 from .estimators.quality import History
 from .exact import ExactRule
+from .iterations import Iterations
 from .ledger import Ledger
+from .recurrence.iterated import Highway
 from .recurrence.joint import Tensors
 from .recurrence.planner import Planner, undisturbed
 from .recurrence.stack import Kind, Layer, Stack
@@ -53,13 +55,24 @@ class DeferredRule:
 
     Gate derivatives are evaluated for all steps at once, the loop holds products and additions only, and every weight's
     gradient is one product. Exact; sums over time are taken in another order than autograd does. always: also where the
-    ordinary tape is expected to be faster. `parameters` are `segment.trainable()`, in that order.
+    ordinary tape is expected to be faster; iterations, shift: of Highway-BP, which has products for all steps
+    at once in place of the loop and is exact with one iteration less than there are steps. `parameters` are
+    `segment.trainable()`, in that order.
     """
 
-    def __init__(self, segment: Segment, ledger: Ledger, module: str, roles: Roles, always: bool) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        ledger: Ledger,
+        module: str,
+        roles: Roles,
+        always: bool,
+        iterations: Iterations | None = None,
+        shift: float = 0.0,
+    ) -> None:
         self.segment, self.ledger, self.roles = segment, ledger, roles
         self.history = History()
-        self.planner = Planner(module, always)
+        self.planner = Planner(module, always, iterations, shift)
         self._tape = ExactRule(segment, ledger)
         self._place = next(place for place in segment.places if place.path == module)
 
@@ -82,7 +95,9 @@ class DeferredRule:
         mkldnn: Any = torch.backends.mkldnn
         fused = module.mode == "LSTM" and dtype == torch.float32 and mkldnn.is_available() and mkldnn.enabled
         others = ((bool(fused), "torch's fused float32 LSTM is faster"),)
-        return self.planner.choose(shape, steps, dtype, device, autocast, others)
+        rows = 1 if len(shape) < 3 else shape[0] if module.batch_first else shape[1]
+        work = 2.0 * rows * module.get_parameter("weight_hh_l0").numel()
+        return self.planner.choose(shape, steps, dtype, device, autocast, others, work)
 
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
         x = inputs[self.roles.input]
@@ -144,8 +159,9 @@ class DeferredRule:
             leaves[index] = tensor
         layers, weights = tree_unflatten(leaves, memory.tree)
         sequence, finals = self._given(memory, cotangents, len(weights))
-        self._count(call.region, layers, len(weights))
-        found = undisturbed(lambda: memory.stack.backward(layers, weights, sequence, finals))
+        highway = self.planner.highway(call.key.forward)
+        found = undisturbed(lambda: memory.stack.backward(layers, weights, sequence, finals, highway))
+        self._count(call.region, layers, len(weights), highway)
         gradients: list[Optional] = [None] * len(needed)
         offset = len(needed) - sum(1 for _ in self.segment.trainable())
         if found.input is not None:
@@ -174,11 +190,12 @@ class DeferredRule:
         finals = [tuple([None if each is None else each[place] for each in last]) for place in range(places)]
         return sequence, finals
 
-    def _count(self, region: str, layers: Sequence[Layer], recurrences: int) -> None:
+    def _count(self, region: str, layers: Sequence[Layer], recurrences: int, highway: Highway | None) -> None:
         """A vjp for every step of every layer and direction; a forward where its results were not kept."""
         steps = len(layers[0].input)
         again = sum(steps * len(layer.states) for layer in layers if not layer.kept)
-        self.ledger.add(region, vjps=steps * recurrences, forwards=again)
+        vjps = steps * recurrences if highway is None else highway.vjps
+        self.ledger.add(region, vjps=vjps, forwards=again)
 
     def record(self, forward: int, signal: float, noise: float) -> None:
         """There is no noise."""
@@ -191,11 +208,10 @@ class DeferredRule:
         return self.planner.describe()
 
     def get_state(self) -> dict[str, Any]:
-        return {}
+        return self.planner.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"the deferred rule learns nothing, yet a state was given: {sorted(state)}")
+        self.planner.set_state(state)
 
 
 def _outside(gradient: Tensor, memory: _Memory) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -47,12 +46,18 @@ class Segment:
         return self.function(frame, *inputs)
 
     def run(self, inputs: tuple[Any, ...], replaced: Mapping[int, Tensor] | None = None) -> tuple[Any, ...]:
-        """Outputs as a tuple; `replaced` maps the id of a parameter to the tensor used in its place (ties included)."""
-        frame = _Frame()
-        for place in self.places:
-            value = place.mapping[place.key]
-            frame.__dict__[place.name] = _replace(value, replaced) if replaced else value
-        outputs = self.function(frame, *inputs)
+        """Outputs as a tuple; `replaced` maps the id of a parameter to the tensor used in its place (ties included).
+
+        The modules hold those tensors for as long as the code runs.
+        """
+        own = [(mapping, key, mapping[key]) for _, mapping, key in self._parameters] if replaced else []
+        try:
+            for mapping, key, parameter in own:
+                mapping[key] = replaced.get(id(parameter), parameter)  # type: ignore[union-attr, index]
+            outputs = self(*inputs)
+        finally:
+            for mapping, key, parameter in own:
+                mapping[key] = parameter  # type: ignore[index]
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -63,6 +68,11 @@ class Segment:
             if parameter is not None:
                 found.setdefault(id(parameter), (path, parameter))
         return dict(found.values())
+
+    def among(self, given: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Those of `given`, by the id of a parameter, that the code reads."""
+        own = [id(mapping[key]) for _, mapping, key in self._parameters]
+        return {key: given[key] for key in own if key in given}
 
     def trainable(self) -> tuple[Tensor, ...]:
         """The parameters that require gradients, in the order of `parameters()`."""
@@ -79,19 +89,3 @@ def _parameter_places(place: Place) -> Iterator[tuple[str, Mapping[str, Any], st
                 yield f"{name}.{key}", module._parameters, key
     elif isinstance(value, nn.Parameter):
         yield place.path, place.mapping, place.key
-
-
-def _replace(value: Any, replaced: Mapping[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return replaced.get(id(value), value)
-    if not isinstance(value, nn.Module):
-        return value
-    named = value.named_parameters(remove_duplicate=False)
-    own = {name: replaced[id(parameter)] for name, parameter in named if id(parameter) in replaced}
-    if not own:
-        return value
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(value, own, args, kwargs)
-
-    return call

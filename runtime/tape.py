@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
 
 from .segment import Segment
 
@@ -22,16 +22,19 @@ class Tape:
     `parameters`; `needed` says of each whether its gradient will be asked for.
     """
 
-    __slots__ = ("aliases", "hoisted", "outputs")
+    __slots__ = ("__weakref__", "_kept", "aliases", "outputs")
 
     def __init__(
         self, segment: Segment, inputs: Sequence[Any], parameters: Mapping[int, Tensor], needed: Sequence[bool]
     ) -> None:
-        """parameters: by the id of the module's own, the tensor to read in its place."""
-        self.hoisted: list[Tensor] = []
+        """parameters: by the id of the module's own, the tensor to read in its place.
+
+        A tensor that requires a gradient already is taken as the alias it is.
+        """
+        self._kept = _Kept()
         self.aliases = tuple(
             [
-                value.detach().requires_grad_() if need else value
+                value.detach().requires_grad_() if need and not value.requires_grad else value
                 for value, need in zip((*inputs, *parameters.values()), needed, strict=True)
             ]
         )
@@ -41,8 +44,11 @@ class Tape:
 
     def taken(self) -> tuple[Tensor, ...]:
         """What was kept outside the tape, for the caller to keep in its place; give it back to `pull`."""
-        kept, self.hoisted = tuple(self.hoisted), []
-        return kept
+        return tuple(self._kept.exchanged([]))
+
+    def give(self, kept: Sequence[Tensor]) -> None:
+        """Puts back what `taken` returned, for a vjp; nothing, to let it go again."""
+        self._kept.exchanged(list(kept))
 
     def pull(
         self, cotangents: Sequence[Optional], wanted: Sequence[bool], keep: bool, hoisted: Sequence[Tensor] = ()
@@ -52,18 +58,8 @@ class Tape:
         cotangents: one per output; keep: another `pull` may follow. None where no cotangent meets anything wanted, and
         then no vjp was computed.
         """
-        pairs = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
-        sources = [alias for alias, want in zip(self.aliases, wanted, strict=True) if want]
-        if not pairs or not sources:
-            return None
-        outputs, given = zip(*pairs, strict=True)
-        self.hoisted = list(hoisted)
-        try:
-            with torch.enable_grad():
-                found = iter(torch.autograd.grad(outputs, sources, given, retain_graph=keep, allow_unused=True))
-        finally:
-            self.hoisted = []
-        return [next(found) if want else None for want in wanted]
+        (found,) = pull_all([(self, cotangents, wanted, hoisted)], keep)
+        return found
 
     def _recording(self) -> AbstractContextManager[Any]:
         """Under the caller's saved-tensor hooks (checkpoint, offloading), hoists what the tape keeps out of it.
@@ -72,11 +68,67 @@ class Tape:
         """
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             return nullcontext()
-        return saved_tensors_hooks(self._hoist, self._fetch)
+        return saved_tensors_hooks(self._kept.hoist, self._kept.fetch)
 
-    def _hoist(self, tensor: Tensor) -> int:
-        self.hoisted.append(tensor.detach())
-        return len(self.hoisted) - 1
 
-    def _fetch(self, index: int) -> Tensor:
-        return self.hoisted[index]
+class _Kept:
+    """Tensors that a tape refers to by number. The tape's nodes hold this object, so it must not hold the tape."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+
+    def exchanged(self, tensors: list[Tensor]) -> list[Tensor]:
+        before, self._tensors = self._tensors, tensors
+        return before
+
+    def hoist(self, tensor: Tensor) -> int:
+        self._tensors.append(tensor.detach())
+        return len(self._tensors) - 1
+
+    def fetch(self, number: int) -> Tensor:
+        return self._tensors[number]
+
+
+Wanted = tuple[Tape, Sequence[Optional], Sequence[bool], Sequence[Tensor]]  # the arguments of `Tape.pull`
+
+
+def pull_all(asked: Sequence[Wanted], keep: bool) -> list[list[Optional] | None]:
+    """`Tape.pull` of several tapes at once, which costs little more than the largest part of one.
+
+    A gradient of what several of them share (tied parameters) is given once, with the first.
+    """
+    outputs: list[Tensor] = []
+    given: list[Tensor] = []
+    places: dict[int, int] = {}
+    sources: list[Tensor] = []
+    slots: list[list[int | None] | None] = []
+    for tape, cotangents, wanted, _ in asked:
+        pairs = [(o, c) for o, c in zip(tape.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        if not pairs or True not in wanted:
+            slots.append(None)
+            continue
+        for output, cotangent in pairs:
+            outputs.append(output)
+            given.append(cotangent)
+        own: list[int | None] = [None] * len(wanted)
+        for place, want in enumerate(wanted):
+            if want:
+                alias = tape.aliases[place]
+                if places.setdefault(id(alias), len(sources)) == len(sources):
+                    own[place] = len(sources)
+                    sources.append(alias)
+        slots.append(own)
+    if not outputs:
+        return [None] * len(asked)
+    for tape, _, _, hoisted in asked:
+        tape.give(hoisted)
+    try:
+        with torch.enable_grad():
+            # What `autograd.grad` ends in, once it has looked at its arguments, which takes longer than a small vjp.
+            found = _engine_run_backward(
+                tuple(outputs), tuple(given), keep, False, tuple(sources), True, accumulate_grad=False
+            )
+    finally:
+        for tape, _, _, _ in asked:
+            tape.give(())
+    return [None if own is None else [None if slot is None else found[slot] for slot in own] for own in slots]

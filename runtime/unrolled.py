@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .estimators.quality import History
 from .exact import ExactRule
+from .iterations import Iterations
 from .ledger import Ledger
 from .recurrence.joint import Tensors
 from .recurrence.planner import Planner, Reasons, undisturbed
@@ -62,17 +63,27 @@ class UnrolledRule:
     holds here too. `parameters` are `segment.trainable()`, in that order.
     """
 
-    def __init__(self, segment: Segment, step: Segment, ledger: Ledger, roles: Roles, always: bool) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        step: Segment,
+        ledger: Ledger,
+        roles: Roles,
+        always: bool,
+        iterations: Iterations | None = None,
+        shift: float = 0.0,
+    ) -> None:
         self.segment, self.step, self.ledger, self.roles = segment, step, ledger, roles
         self.history = History()
-        self.planner = Planner(step.name, always)
+        self.planner = Planner(step.name, always, iterations, shift)
         self._tape = ExactRule(segment, ledger)
         self._traces: dict[Any, Recurrence] = {}
 
     def choose(self, dtype: torch.dtype, device: str, autocast: bool, rows: int) -> str | None:
         """Why the ordinary tape runs the loop, or None. Raises RewriteError where `always` cannot be met."""
         steps = self.roles.steps
-        return self.planner.choose((steps, rows), steps, dtype, device, autocast, self.roles.against())
+        work = self.roles.flops / 2  # the other half belongs to the input
+        return self.planner.choose((steps, rows), steps, dtype, device, autocast, self.roles.against(), work)
 
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
         first = inputs[self.roles.states[0]]
@@ -138,8 +149,10 @@ class UnrolledRule:
         inputs, rest = taken.tensors[:first], taken.tensors[first:]
         states, weights = rest[: len(roles.states)], rest[len(roles.states) :]
         buffers, others = self._given(memory.recurrence, states, cotangents)
-        self.ledger.add(call.region, vjps=roles.steps, forwards=roles.steps)
-        pulled = undisturbed(lambda: memory.recurrence.pull(inputs, states, weights, (), buffers, others))
+        highway = self.planner.highway(call.key.forward)
+        pulled = undisturbed(lambda: memory.recurrence.pull(inputs, states, weights, (), buffers, others, highway))
+        vjps = roles.steps if highway is None else highway.vjps
+        self.ledger.add(call.region, vjps=vjps, forwards=roles.steps)
         gradients: list[Optional] = [None] * len(needed)
         for positions, each in zip(roles.inputs, pulled.inputs, strict=True):
             for position, gradient in zip(positions, () if each is None else each.unbind(0), strict=False):
@@ -178,11 +191,10 @@ class UnrolledRule:
         return self.planner.describe()
 
     def get_state(self) -> dict[str, Any]:
-        return {}
+        return self.planner.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"the deferred rule learns nothing, yet a state was given: {sorted(state)}")
+        self.planner.set_state(state)
 
 
 def _accumulate(gradients: list[Optional], place: int, gradient: Tensor) -> None:

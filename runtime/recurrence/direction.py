@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cells import CELLS, recovered
+from .iterated import Highway
 from .joint import Tensors
 from .recurrence import Recurrence
 
@@ -64,8 +65,8 @@ class Direction(NamedTuple):
     needed: Sequence[bool]
     onwards: bool
 
-    def pull(self, cotangent: Optional, finals: Sequence[Optional]) -> SideGradients:
-        """cotangent: of `output`; finals: of the states after the last step."""
+    def pull(self, cotangent: Optional, finals: Sequence[Optional], highway: Highway | None = None) -> SideGradients:
+        """cotangent: of `output`; finals: of the states after the last step; exact unless `highway` is given."""
         recurrence, others = self.recurrence, len(self.states) - 1
         before: Tensors = (torch.cat([self.states[0].unsqueeze(0), self._ordered(self.output)[:-1]]),)
         x, projected = self._ordered(self.input), None
@@ -79,7 +80,7 @@ class Direction(NamedTuple):
         outside = [None if cotangent is None else self._ordered(cotangent), *[None] * others]
         buffers = [_buffer(state, len(x), *given) for state, *given in zip(self.states, outside, finals, strict=True)]
         kept = self.kept[others:]
-        pulled = recurrence.pull((projected,), before, hidden(self.weights), kept, buffers)
+        pulled = recurrence.pull((projected,), before, hidden(self.weights), kept, buffers, highway=highway)
         dx, dw_ih, db_ih = self._projection(x, pulled.inputs[0])
         dw_hh, *db_hh = pulled.weights
         gradients = (dw_ih, dw_hh, db_ih, *db_hh) if db_hh else (dw_ih, dw_hh)

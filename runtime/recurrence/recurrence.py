@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 from .all_steps import AllSteps, Statics, Values, function_of
 from .collapse import Collapse
 from .forms import Form
+from .iterated import Highway, Iterated
 from .joint import RUNNING, STATIC, Cell, Joint, Tensors, cone, shape, trace
 from .loop import Loop
 from .time_sums import time_sum
@@ -51,17 +53,22 @@ class Recurrence:
         self._sums = [None if node is None else time_sum(joint, node) for node in joint.weight_gradients]
         gradients = [node for node in joint.input_gradients if node is not None]
         later = [*gradients, *(node for each in self._sums if each is not None for node in each.reads)]
-        collapse = Collapse(joint, later)
+        self._collapse = collapse = Collapse(joint, later)
         self.loop = Loop(joint, collapse)
         self._parts = collapse.parts
         self._later = _Later(joint, collapse, self.loop, later)
         self._forward_nodes = cone(joint.results, [])
-        hoisted = [node for node in (*self.loop.reads, *self._later.reads) if joint.kinds[node] != RUNNING]
+        reads = (*self.loop.reads, *self._later.reads)
+        self._hoisted = hoisted = [node for node in reads if joint.kinds[node] != RUNNING]
         self._recomputed = AllSteps(joint, self._given, hoisted)
         self.kept = self._kept(hoisted)
         self._fetched = AllSteps(joint, [*self._given, *self.kept], hoisted)
         self._step = _Step(joint, [*joint.results, *self.kept])
         self._plain_step = _Step(joint, joint.results)
+
+    @cached_property
+    def _iterated(self) -> Iterated:
+        return Iterated(self.joint, self._collapse, list(dict.fromkeys(self._hoisted)))
 
     @property
     def _given(self) -> list[fx.Node]:
@@ -100,9 +107,11 @@ class Recurrence:
         kept: Tensors,
         cotangents: Sequence[Tensor],
         output_cotangents: Tensors = (),
+        highway: Highway | None = None,
     ) -> Pulled:
-        """The gradients. inputs: of `run`, None where `reads_inputs` is false; kept: of `run`, or empty.
+        """The gradients, exact unless `highway` is given.
 
+        inputs: of `run`, None where `reads_inputs` is false; kept: of `run`, or empty.
         states: before every step, (steps, *state). cotangents: per state a buffer (steps + 1, *state), in row t the
         cotangent from outside of the state before step t; it is written to. output_cotangents: of the cell's other
         outputs, (steps, ...).
@@ -113,7 +122,10 @@ class Recurrence:
         values: Values = {node: value for node, value in zip(nodes, known, strict=True) if value is not None}
         values.update(zip(self.kept, kept, strict=True) if kept else ())
         (self._fetched if kept else self._recomputed)(values)
-        self._through_time(values, cotangents)
+        if highway is None or not self._iterations(values, cotangents, highway):
+            self._through_time(values, cotangents)
+        for node, (whole, start, end) in self._parts.items():
+            values[node] = values[whole][..., start:end]
         self._later(values)
         steps = len(cotangents[0]) - 1
         return Pulled(
@@ -131,8 +143,14 @@ class Recurrence:
             rows = (len(cotangents[0]) - 1, *example.shape)
             values[node] = torch.empty(rows, dtype=example.dtype, device=cotangents[0].device)
         self.loop(values, targets)
-        for node, (whole, start, end) in self._parts.items():
-            values[node] = values[whole][..., start:end]
+
+    def _iterations(self, values: Values, cotangents: Sequence[Tensor], highway: Highway) -> bool:
+        """False where the loop over time is still to run."""
+        exact = highway.iterations.exact(highway.forward)
+        if not exact and self._iterated(values, cotangents, highway):
+            return True
+        highway.vjps += len(cotangents[0]) - 1
+        return False
 
 
 class _Step:

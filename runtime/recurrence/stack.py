@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .direction import Direction, Optional, traced
+from .iterated import Highway
 from .joint import Tensors
 from .native import forward_of
 from .recurrence import Recurrence
@@ -102,8 +103,12 @@ class Stack:
         weights: Sequence[Tensors],
         cotangent: Optional,
         finals: Sequence[Sequence[Optional]],
+        highway: Highway | None = None,
     ) -> Gradients:
-        """cotangent: of the last layer's output; finals: of the states after the last step, per layer and direction."""
+        """cotangent: of the last layer's output; finals: of the states after the last step, per layer and direction.
+
+        Exact unless `highway` is given.
+        """
         states: list[Tensors] = []
         gradients: list[tuple[Optional, ...]] = []
         for index in range(len(layers) - 1, -1, -1):
@@ -112,7 +117,9 @@ class Stack:
             if layer.noise is not None and cotangent is not None:
                 cotangent = cotangent * layer.noise
             found = [
-                self._direction(layer, side, place, weights).pull(self._columns(cotangent, side), finals[place])
+                self._direction(layer, side, place, weights).pull(
+                    self._columns(cotangent, side), finals[place], highway
+                )
                 for side, place in enumerate(places)
             ]
             states[:0] = [each.states for each in found]

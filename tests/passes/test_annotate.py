@@ -1,5 +1,6 @@
 """What annotate says of each value: rows from two batch sizes, shapes, FLOPs, saved bytes, queries."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,3 +162,30 @@ def test_rows_in_another_dimension_are_refused_for_a_box():
 
     with pytest.raises(RewriteError, match=r"dimension 1[\s\S]*transpose"):
         program_of(Transposed(), torch.randn(B, D), plan=BlackBox("box"))
+
+
+class Effects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop, self.norm = nn.Linear(D, D), nn.Dropout(0.5), nn.BatchNorm1d(D)
+        self.box = CallableBox(np.tanh)
+
+    def forward(self, x):
+        y = self.norm(self.drop(self.linear(x)))
+        z = y + 1
+        z.mul_(2)
+        return z + self.box(x) + torch.rand_like(x).relu()
+
+
+def test_effects_are_draws_writes_and_boxes():
+    assert program_of(Effects(), torch.randn(B, D)).effects == {"drop", "norm", "mul_", "box", "rand_like"}
+
+
+def test_effects_of_an_exported_graph():
+    class Sized(Effects):
+        def forward(self, x):
+            return super().forward(x) + torch.rand(D)  # of a fixed size: fx would freeze it
+
+    effects = program_of(Sized(), torch.randn(B, D)).effects
+    kinds = {name.rstrip("_0123456789") for name in effects}
+    assert kinds == {"dropout", "batch_norm", "add", "mul", "evaluate_box", "rand_like", "rand"}  # add: batches counted

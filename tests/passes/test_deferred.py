@@ -164,7 +164,7 @@ class OlderState(nn.Module):
 def test_loops_that_are_no_recurrence_are_refused():
     with pytest.raises(RewriteError, match="changed outside the cell"):
         looped(lambda cell, x, h: torch.tanh(cell(x, h)))
-    with pytest.raises(RewriteError, match="may draw random numbers"):
+    with pytest.raises(RewriteError, match="draws random numbers"):
         looped(lambda cell, x, h: cell(nn.functional.dropout(x, 0.1), h))
     with pytest.raises(RewriteError, match=r"what the call before it left|no call reads"):
         built(OlderState(), torch.randn(2, 5, 3), torch.randn(2, 4), plan=Plan([Deferred("cell")]))
@@ -197,3 +197,35 @@ def test_cells_with_buffers_are_refused():
 
     with pytest.raises(RewriteError, match="holds buffers"):
         looped(lambda cell, x, h: cell(x, h), Normed())
+
+
+class Stacked(nn.Module):
+    """Two cells that take turns: each stands between two calls of the other."""
+
+    def __init__(self, between=nn.Identity):
+        super().__init__()
+        self.lower, self.upper, self.between = nn.GRUCell(3, 4), nn.GRUCell(4, 4), between()
+
+    def forward(self, x, h, g):
+        for number in range(x.shape[1]):
+            h = self.lower(x[:, number], h)
+            g = self.upper(self.between(h), g)
+        return g
+
+
+def test_cells_that_take_turns_are_two_regions():
+    plan = Plan([Deferred("lower", tape="never"), Deferred("upper", tape="never")])
+    model = Stacked().double()
+    given = torch.randn(2, 5, 3).double(), torch.randn(2, 4).double(), torch.randn(2, 4).double()
+    step = built(model, *given, plan=plan)
+    assert [region.name for region in step.latest.program.regions] == ["lower", "upper"]
+    weights = list(model.parameters())
+    ours, eager = (torch.autograd.grad(call(*given).square().sum(), weights) for call in (step, model))
+    for left, right in zip(ours, eager, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_a_dropout_between_two_calls_is_refused():
+    given = torch.randn(2, 5, 3), torch.randn(2, 4), torch.randn(2, 4)
+    with pytest.raises(RewriteError, match="draws random numbers"):
+        built(Stacked(nn.Dropout), *given, plan=Plan([Deferred("lower", tape="never")]))

@@ -217,7 +217,7 @@ def test_a_loop_over_columns_leaves_the_rows_open():
     assert found.front_end == "fx"
     assert compare(model, found, (x,), {}) is None
     assert found.guards.reason(model, [torch.randn(9, 5, 3)]) is None
-    assert found.guards.reason(model, [torch.randn(6, 7, 3)]) is not None
+    assert "s[0][1] == 5" in found.guards.reason(model, [torch.randn(6, 7, 3)])
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])

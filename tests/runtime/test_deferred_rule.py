@@ -4,73 +4,12 @@ import copy
 
 import pytest
 import torch
+from recurrent import ROWS, SIZE, STEPS, WIDTH, Loop, OwnCell, Recurrent, error, example, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rewriter import Deferred, Plan, RewriteError, rewrite
 from rewriter.runtime.recurrence import all_steps, native
-
-STEPS, ROWS, WIDTH, SIZE = 7, 3, 4, 5
-
-
-class Recurrent(nn.Module):
-    """A recurrent module whose sequence and last states all count."""
-
-    def __init__(self, kind, **options):
-        super().__init__()
-        self.part = kind(WIDTH, SIZE, **options)
-        self.head = nn.Linear(SIZE * (2 if self.part.bidirectional else 1), 2)
-
-    def forward(self, x, *states):
-        if isinstance(self.part, nn.LSTM):
-            sequence, (h, c) = self.part(x, states) if states else self.part(x)
-            return self.head(sequence), h, c
-        sequence, h = self.part(x, *states)
-        return self.head(sequence), h
-
-
-class OwnCell(nn.Module):
-    """Two states, a learnt start of its own, a matrix that all calls share."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.leak = nn.Linear(WIDTH + SIZE, SIZE), nn.Parameter(torch.zeros(SIZE))
-
-    def forward(self, x, h, c, mixing):
-        share = torch.sigmoid(self.leak)
-        c = share * c + (1 - share) * torch.tanh(self.inner(torch.cat([x, h], 1)))
-        return torch.tanh(c @ mixing), c
-
-
-class Loop(nn.Module):
-    def __init__(self, cell):
-        super().__init__()
-        self.cell, self.head = cell, nn.Linear(SIZE, 2)
-
-    def forward(self, x, h, mixing):
-        c, outputs = h.cos(), []
-        for step in range(x.shape[1]):
-            if isinstance(self.cell, OwnCell):
-                h, c = self.cell(x[:, step], h, c, mixing)
-            elif isinstance(self.cell, nn.LSTMCell):
-                h, c = self.cell(x[:, step], (h, c))
-            else:
-                h = self.cell(x[:, step], h)
-            outputs.append(self.head(h))
-        return torch.stack(outputs, 1), h * c
-
-
-def example(model, dtype=torch.float64, steps=STEPS, states=True):
-    torch.manual_seed(0)
-    if isinstance(model, Loop):
-        shapes = [(ROWS, steps, WIDTH), (ROWS, SIZE), (SIZE, SIZE)]
-    else:
-        part = model.part
-        count = part.num_layers * (2 if part.bidirectional else 1)
-        kinds = 2 if isinstance(part, nn.LSTM) else 1
-        shapes = [(ROWS, steps, WIDTH) if part.batch_first else (steps, ROWS, WIDTH)]
-        shapes += [(count, ROWS, SIZE)] * kinds if states else []
-    return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
 def deferred(model, tape="never"):
@@ -81,18 +20,6 @@ def name_of(step):
     return step.latest.program.regions[0].name
 
 
-def train(call, model, given, seed=3, skip=()):
-    """Outputs, and the gradients of inputs and parameters that require them; `skip`: outputs that do not count."""
-    given = [each.clone().requires_grad_() for each in given]
-    torch.manual_seed(seed)
-    outputs = call(*given)
-    torch.manual_seed(5)
-    counted = [each for index, each in enumerate(outputs) if index not in skip]
-    loss = sum((each * torch.randn_like(each)).sum() for each in counted)
-    sources = [*given, *(each for each in model.parameters() if each.requires_grad)]
-    return outputs, torch.autograd.grad(loss, sources, allow_unused=True)
-
-
 def compare(model, tape="never", given=None, skip=(), **options):
     """(outputs equal bit for bit, largest relative error of a gradient, the rewritten step)."""
     given = example(model, **options) if given is None else given
@@ -101,12 +28,6 @@ def compare(model, tape="never", given=None, skip=(), **options):
     expected, found = train(model, model, given, skip=skip), train(step, model, given, skip=skip)
     same = all(torch.equal(a, b) for a, b in zip(expected[0], found[0], strict=True))
     return same, error(found[1], expected[1]), step
-
-
-def error(found, expected):
-    assert [each is None for each in found] == [each is None for each in expected]
-    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a is not None]
-    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 
 OPTIONS = [
