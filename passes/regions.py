@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
 from .base import Entry, Refused
 from .program import Program, Region
@@ -73,7 +73,7 @@ def unseen(place: Place, program: Program) -> Refused:
             "nothing in it is trained",
         )
     whole = [name for name in _called(program) if place.module.startswith(f"{name}.")]
-    if whole and type(program.module(whole[0])).__module__.startswith("torch.nn."):
+    if whole and _is_torchs_own(program.module(whole[0])) and all(r.target != whole[0] for r in program.regions):
         return Refused(
             place.module,
             f"it lies inside {whole[0]}, a module of torch's own, which stays one call inside another model",
@@ -88,6 +88,12 @@ def unseen(place: Place, program: Program) -> Refused:
     return Refused(
         place.module, "the model's forward does not call it on this example", "check the name against the forward"
     )
+
+
+def _is_torchs_own(module: nn.Module) -> bool:
+    """Whether fx keeps a module as one call whoever asks; containers are taken apart."""
+    own = type(module).__module__.startswith("torch.nn.")
+    return own and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def _called(program: Program) -> list[str]:

@@ -285,3 +285,17 @@ def test_a_block_that_cannot_be_cut_off_is_named():
     (region,) = step.latest.program.regions
     assert len(region.parts) == 3
     assert "blocks.0 stays on the ordinary tape" in step.explain()
+
+
+def test_a_part_of_torchs_own_module_is_refused_by_its_name():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, x):
+            return self.encoder(x)
+
+    with pytest.raises(RewriteError, match="encoder, a module of torch's own"):
+        rewrite(Wrapped(), Plan([Checkpoint("encoder.layers")]), example=(torch.randn(2, 3, 8),))
