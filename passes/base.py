@@ -21,6 +21,8 @@ from .targets import Target
 
 log = logging.getLogger("rewriter.passes")
 
+TAPES = ("auto", "never")  # whether an entry may leave its part on the ordinary tape
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -93,6 +95,15 @@ class Entry(Pass):
         shown = [repr(getattr(self, first.name))]
         shown += [f"{f.name}={getattr(self, f.name)!r}" for f in rest if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def check_choice(entry: Entry, option: str, known: tuple[str, ...]) -> None:
+    """Raises RewriteError where an option of an entry is none of what it may be."""
+    value = getattr(entry, option)
+    if value not in known:
+        raise RewriteError(
+            f"{option}={value!r} is not known", where=type(entry).__name__, remedy=f"one of {', '.join(known)}"
+        )
 
 
 @dataclass(frozen=True)

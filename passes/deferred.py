@@ -7,17 +7,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.ledger import Ledger
 from rewriter.runtime.rule import Rule
 from rewriter.runtime.segment import Segment
 
-from .base import Entry, Refused
+from .base import TAPES, Entry, Refused, check_choice
 from .program import Program, Region
-from .recurrent import recurrence_rule, with_recurrence
+from .recurrent import recurrence_rule, with_recurrences
 from .targets import Target, resolve
-
-_TAPES = ("auto", "never")
 
 
 @dataclass(frozen=True)
@@ -44,21 +41,13 @@ class Deferred(Entry):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tape not in _TAPES:
-            raise RewriteError(
-                f"tape={self.tape!r} is not known", where="Deferred", remedy=f"one of {', '.join(_TAPES)}"
-            )
+        check_choice(self, "tape", TAPES)
 
     def wholes(self, model: nn.Module) -> frozenset[str]:
         return frozenset(place.module for place in resolve(self.target, model))
 
     def apply(self, program: Program) -> Program | Refused:
-        for place in resolve(self.target, program.model):
-            outcome = with_recurrence(self, place, program, self.tape)
-            if isinstance(outcome, Refused):
-                return outcome
-            program = outcome
-        return program
+        return with_recurrences(self, program, self.tape)
 
     def rule(self, program: Program, region: Region, segment: Segment, ledger: Ledger, known: Rule | None) -> Rule:
         return recurrence_rule(program, region, segment, ledger, self.tape)

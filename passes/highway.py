@@ -16,15 +16,13 @@ from rewriter.runtime.rule import Rule
 from rewriter.runtime.segment import Segment
 from rewriter.runtime.unrolled import UnrolledRule
 
-from .base import Entry, Refused
+from .base import TAPES, Entry, Refused, check_choice
 from .chain import chain_of, residual_regions
 from .program import Program, Region
-from .recurrent import is_recurrence, recurrence_rule, with_recurrence
+from .recurrent import is_recurrence, recurrence_rule, with_recurrences
 from .structure import ChainSegment
 from .targets import Place, Target, resolve
 from .unrolled import Unrolled, gathered, read
-
-_TAPES = ("auto", "never")
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,7 @@ class Highway(Entry):
                 where="Highway",
                 remedy="how many groups of blocks, or None for single blocks",
             )
-        if self.tape not in _TAPES:
-            raise RewriteError(
-                f"tape={self.tape!r} is not known", where="Highway", remedy=f"one of {', '.join(_TAPES)}"
-            )
+        check_choice(self, "tape", TAPES)
 
     def wholes(self, model: nn.Module) -> frozenset[str]:
         names = [place.module for place in resolve(self.target, model)]
@@ -119,12 +114,7 @@ class Highway(Entry):
         return (changed if kept else program).with_(regions=(*program.regions, *kept), notes=(*program.notes, *notes))
 
     def _through_time(self, program: Program) -> Program | Refused:
-        for place in resolve(self.target, program.model):
-            outcome = with_recurrence(self, place, program, self.tape)
-            if isinstance(outcome, Refused):
-                return outcome
-            program = outcome
-        return program
+        return with_recurrences(self, program, self.tape)
 
     def rule(self, program: Program, region: Region, segment: Segment, ledger: Ledger, known: Rule | None) -> Rule:
         iterations = _learnt(known) or Iterations(self.iterations, region.name)

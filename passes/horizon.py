@@ -16,7 +16,7 @@ from rewriter.runtime.rule import Rule
 from rewriter.runtime.segment import Segment
 from rewriter.runtime.windows import Windows
 
-from .base import Entry, Refused
+from .base import TAPES, Entry, Refused, check_choice
 from .chain import block_regions, chain_of
 from .checkpoint import is_count, runs_once
 from .program import Program, Region, Value
@@ -24,7 +24,7 @@ from .regions import outputs_of
 from .tail import tail_of
 from .targets import Target
 
-_CHOICES = {"head": ("shared", "auxiliary"), "when": ("forward", "backward"), "tape": ("auto", "never")}
+_CHOICES = {"head": ("shared", "auxiliary"), "when": ("forward", "backward"), "tape": TAPES}
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ class Horizon(Entry):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option, known in _CHOICES.items():
-            if getattr(self, option) not in known:
-                raise _unknown(f"{option}={getattr(self, option)!r} is not known", f"one of {', '.join(known)}")
+            check_choice(self, option, known)
         if not isinstance(self.checkpoint, bool):
             raise _unknown(f"checkpoint={self.checkpoint!r} is neither True nor False", "True or False")
         if not is_count(self.horizon):

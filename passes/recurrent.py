@@ -17,7 +17,7 @@ from rewriter.runtime.unrolled import UnrolledRule
 from .base import Entry, Refused
 from .program import Program, Region, Value
 from .regions import inputs_of, outputs_of, regions_at
-from .targets import Place
+from .targets import Place, resolve
 from .unrolled import Unrolled, emitted, gathered, read
 
 
@@ -31,11 +31,20 @@ def is_recurrence(place: Place, program: Program) -> bool:
     return len(calls) > 1 and not place.border and place.call is None
 
 
-def with_recurrence(entry: Entry, place: Place, program: Program, tape: str) -> Program | Refused:
-    """The program with the recurrence at a place as a region of the entry, or with a note where the tape keeps it.
+def with_recurrences(entry: Entry, program: Program, tape: str) -> Program | Refused:
+    """The program with each recurrence that the entry names as a region, or with a note where the tape keeps it.
 
     tape: "auto" leaves a loop on the ordinary tape where that is faster, "never" does not.
     """
+    for place in resolve(entry.target, program.model):
+        outcome = _with_recurrence(entry, place, program, tape)
+        if isinstance(outcome, Refused):
+            return outcome
+        program = outcome
+    return program
+
+
+def _with_recurrence(entry: Entry, place: Place, program: Program, tape: str) -> Program | Refused:
     module = program.module(place.module)
     refused = _unsuitable(entry, place, module)
     if refused is not None:
@@ -52,7 +61,7 @@ def recurrence_rule(
     iterations: Iterations | None = None,
     shift: float = 0.0,
 ) -> DeferredRule | UnrolledRule:
-    """What runs in a region of `with_recurrence`: exactly, or with iterations of Highway-BP through time."""
+    """What runs in a region of `with_recurrences`: exactly, or with iterations of Highway-BP through time."""
     always = tape == "never"
     module = program.module(region.target)
     if not isinstance(module, nn.RNNBase):

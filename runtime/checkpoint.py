@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .chain import Chain, Run, Stream, total
-from .exact import ExactRule
 from .ledger import Ledger
+from .noiseless import Noiseless
 from .region import keeps_graph
 from .replay import Recorder, Replay
 from .rule import Call, Gradients, Taken
@@ -19,7 +19,7 @@ from .rule import Call, Gradients, Taken
 Optional = Tensor | None
 
 
-class CheckpointRule(ExactRule):
+class CheckpointRule(Noiseless):
     """Exact: runs the chain in groups of `every` blocks, each of which keeps only what it starts from.
 
     Backward runs one group after the other again, last one first, on tapes: with the random numbers that forward drew,
@@ -28,7 +28,8 @@ class CheckpointRule(ExactRule):
     """
 
     def __init__(self, chain: Chain, ledger: Ledger, every: int) -> None:
-        super().__init__(chain.segment, ledger)
+        super().__init__()
+        self.segment, self.ledger = chain.segment, ledger
         self.chain, self.every = chain, every
         self._recorder = Recorder()
         self._groups = [range(start, min(start + every, len(chain))) for start in range(0, len(chain), every)]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .errors import RewriteError
-from .estimators.quality import History
 from .exact import ExactRule
 from .iterations import Iterations
 from .ledger import Ledger
+from .noiseless import Noiseless
 from .recurrence.iterated import Highway
 from .recurrence.joint import Tensors
 from .recurrence.planner import Planner, undisturbed
@@ -50,7 +50,7 @@ class _Memory:
     turned: bool
 
 
-class DeferredRule:
+class DeferredRule(Noiseless):
     """Forward by torch's own kernels; backward in three parts: before, inside and after the loop over time.
 
     Gate derivatives are evaluated for all steps at once, the loop holds products and additions only, and every weight's
@@ -71,7 +71,7 @@ class DeferredRule:
         shift: float = 0.0,
     ) -> None:
         self.segment, self.ledger, self.roles = segment, ledger, roles
-        self.history = History()
+        super().__init__()
         self.planner = Planner(module, always, iterations, shift)
         self._tape = ExactRule(segment, ledger)
         self._place = next(place for place in segment.places if place.path == module)
@@ -196,13 +196,6 @@ class DeferredRule:
         again = sum(steps * len(layer.states) for layer in layers if not layer.kept)
         vjps = steps * recurrences if highway is None else highway.vjps
         self.ledger.add(region, vjps=vjps, forwards=again)
-
-    def record(self, forward: int, signal: float, noise: float) -> None:
-        """There is no noise."""
-
-    @property
-    def quality(self) -> None:
-        return None
 
     def describe(self) -> dict[str, Any]:
         return self.planner.describe()

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .estimators.quality import History
 from .ledger import Ledger
+from .noiseless import Noiseless
 from .region import keeps_graph
 from .rule import Call, Gradients, Taken
 from .segment import Segment
 from .tape import Tape
 
 
-class ExactRule:
+class ExactRule(Noiseless):
     """Runs a segment on detached aliases under its own tape; backward is one vjp of that tape.
 
     It is the oracle of the bridge: with it a region equals eager bit for bit, whatever surrounds the region.
@@ -22,7 +22,8 @@ class ExactRule:
     """
 
     def __init__(self, segment: Segment, ledger: Ledger) -> None:
-        self.segment, self.ledger, self.history = segment, ledger, History()
+        super().__init__()
+        self.segment, self.ledger = segment, ledger
 
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
         trained = [id(parameter) for parameter in self.segment.trainable()]
@@ -38,19 +39,5 @@ class ExactRule:
         self.ledger.add(call.region, vjps=1)
         return tuple(found)
 
-    def record(self, forward: int, signal: float, noise: float) -> None:
-        """There is no noise."""
-
-    @property
-    def quality(self) -> None:
-        return None
-
     def describe(self) -> dict[str, Any]:
         return {"rule": "exact"}
-
-    def get_state(self) -> dict[str, Any]:
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"the exact rule learns nothing, yet a state was given: {sorted(state)}")

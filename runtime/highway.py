@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .chain import Chain, Run, Stream, total
-from .estimators.quality import History
 from .iterations import Iterations, tail
 from .ledger import Ledger
+from .noiseless import Noiseless
 from .region import keeps_graph
 from .rule import Call, Gradients, Taken
 
@@ -156,7 +156,7 @@ class Pass:
         return self.shift if self._blocks[block].divided else 0.0
 
 
-class HighwayRule:
+class HighwayRule(Noiseless):
     """Runs a chain block by block on tapes of their own; backward iterates over all units, then pulls each once.
 
     segments: contiguous groups that are exact inside, None for single blocks; shift: see `Pass`. The ledger's vjps:
@@ -168,8 +168,9 @@ class HighwayRule:
     def __init__(
         self, chain: Chain, ledger: Ledger, iterations: Iterations, shift: float, segments: int | None
     ) -> None:
+        super().__init__()
         self.chain, self.ledger, self.iterations, self.shift = chain, ledger, iterations, shift
-        self.segment, self.units, self.history = chain.segment, units_of(chain, segments), History()
+        self.segment, self.units = chain.segment, units_of(chain, segments)
         self._terms: tuple[float, ...] = ()  # |d^0|, ... |d^k| when last looked at
         self._length = 0.0  # |w^k| then
         self._ran: int | None = None  # iterations of the last backward; None before, and where it was exact
@@ -227,13 +228,6 @@ class HighwayRule:
             self._terms, self._length = tuple(lengths), _length(found)
         self._ran = ran
         return found
-
-    def record(self, forward: int, signal: float, noise: float) -> None:
-        """There is no noise."""
-
-    @property
-    def quality(self) -> None:
-        return None
 
     def describe(self) -> dict[str, Any]:
         """skips: blocks by kind; count: iterations of the last backward, or of the next where that is known; cost: of

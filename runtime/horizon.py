@@ -11,9 +11,9 @@ from torch import Tensor
 from .chain import Chain
 from .checkpoint import pulled_back
 from .errors import RewriteError
-from .exact import ExactRule
 from .heads import AuxiliaryHeads, Heads
 from .ledger import Ledger
+from .noiseless import Noiseless
 from .region import keeps_graph
 from .replay import Recorder, Replay
 from .rule import Call, Gradients, Taken
@@ -35,7 +35,7 @@ class _Memory:
     others: tuple[Any, ...]
 
 
-class HorizonRule(ExactRule):
+class HorizonRule(Noiseless):
     """Windows over a chain of blocks: the last one exact, those before it from the loss at their own end.
 
     heads: from the value at a window's end to the loss; None where the only window is the last one. streamed: early
@@ -47,7 +47,8 @@ class HorizonRule(ExactRule):
     def __init__(
         self, chain: Chain, ledger: Ledger, windows: Windows, heads: Heads | None, streamed: bool, checkpointed: bool
     ) -> None:
-        super().__init__(chain.segment, ledger)
+        super().__init__()
+        self.segment, self.ledger = chain.segment, ledger
         self.chain, self.windows, self.heads = chain, windows, heads
         self.streamed, self.checkpointed = streamed, checkpointed
         self._whole, self._block = Recorder(), Recorder() if checkpointed else None

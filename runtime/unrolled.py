@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .estimators.quality import History
 from .exact import ExactRule
 from .iterations import Iterations
 from .ledger import Ledger
+from .noiseless import Noiseless
 from .recurrence.joint import Tensors
 from .recurrence.planner import Planner, Reasons, undisturbed
 from .recurrence.recurrence import Recurrence
@@ -56,7 +56,7 @@ class _Memory:
     slots: tuple[int | None, ...]
 
 
-class UnrolledRule:
+class UnrolledRule(Noiseless):
     """Forward call by call, as the user's loop does; backward through time on the running cotangents alone.
 
     step: one call, (*inputs, *states, *shared) -> (*next states, *other results). What `DeferredRule` says of gradients
@@ -74,7 +74,7 @@ class UnrolledRule:
         shift: float = 0.0,
     ) -> None:
         self.segment, self.step, self.ledger, self.roles = segment, step, ledger, roles
-        self.history = History()
+        super().__init__()
         self.planner = Planner(step.name, always, iterations, shift)
         self._tape = ExactRule(segment, ledger)
         self._traces: dict[Any, Recurrence] = {}
@@ -179,13 +179,6 @@ class UnrolledRule:
             filled = [zero if each is None else each for each in own]
             stacked.append(torch.stack([zero, *filled] if len(stacked) < len(states) else filled))
         return stacked[: len(states)], tuple(stacked[len(states) :])
-
-    def record(self, forward: int, signal: float, noise: float) -> None:
-        """There is no noise."""
-
-    @property
-    def quality(self) -> None:
-        return None
 
     def describe(self) -> dict[str, Any]:
         return self.planner.describe()

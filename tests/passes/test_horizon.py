@@ -186,6 +186,8 @@ def test_ends_that_do_nothing_of_the_kind_are_not(end):
     model.end.train(not isinstance(end, nn.BatchNorm1d))
     step = rewrite(model, Plan([Horizon("blocks", 2)]), loss=F.mse_loss, example=(ROWS.float(),))
     torch.autograd.backward(step(ROWS.float(), target=TARGET.float()))
+    assert step.latest.program.regions
+    assert all(parameter.grad.isfinite().all() for parameter in model.blocks.parameters())
 
 
 def test_a_loss_that_draws_is_refused():
