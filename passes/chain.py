@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -38,13 +38,15 @@ def residual_regions(entry: Entry, program: Program) -> tuple[Program, list[Regi
 def block_regions(entry: Entry, program: Program) -> tuple[Program, list[Region]] | Refused:
     """The region of the target's blocks, one tensor alive between each two.
 
-    A block is a module: each that the target names, or each child of the list or sequence it names. Where neither is
-    the case, a block is whatever lies between two single-tensor cuts.
+    A block is a module: each that the target names, or each child of the list or sequence it names, with a residual sum
+    around it. Where neither is the case, a block is whatever lies between two single-tensor cuts.
     """
 
     def pieces(structure: Structure, inside: frozenset[str], places: Sequence[Place]) -> Iterator[Pieces]:
-        lines = [structure.spans, *(chain.segments for chain in structure.chains)]
-        found = [run for line in lines for run in _runs(line, [_within(piece, inside, program) for piece in line])]
+        found = list(_runs(structure.spans, [_within(span, inside, program) for span in structure.spans]))
+        for chain in structure.chains:
+            segments = [_trimmed(segment, inside) for segment in chain.segments]
+            found += _runs(segments, [_within(segment, {*inside, segment.add}, program) for segment in segments])
         found = [_grouped(run, _units(places, program), program) for run in found]
         yield from sorted(found, key=len, reverse=True)[:1]
 
@@ -148,7 +150,7 @@ def _runs(pieces: Sequence[Span], inside: Sequence[bool]) -> Iterator[Pieces]:
     yield tuple(run)
 
 
-def _within(piece: Span, inside: frozenset[str], program: Program) -> bool:
+def _within(piece: Span, inside: Set[str | None], program: Program) -> bool:
     """Whether a piece lies inside; what it reads of the model around it (a table of positions) may be read anywhere."""
     return all(name in inside or program.node(name).op == "get_attr" for name in piece.nodes)
 

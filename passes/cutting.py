@@ -12,7 +12,7 @@ from rewriter.runtime.ulr_cut import anchor
 
 from .base import Entry, Refused
 from .behind import CUT, against, behind, dropouts, trainable_of, with_masks
-from .course import outline_of
+from .course import origin, outline_of
 from .program import Program, Region, Value, reach
 from .regions import outputs_of
 from .structure.operations import writes
@@ -21,16 +21,14 @@ from .sub_chains import Link, read_onward
 
 def cut_at(entry: Entry, links: Sequence[Link], name: str, program: Program) -> Program | Refused:
     """The program cut behind each of some calls, with one region that supplies the gradients there."""
-    before: list[str] = []
     passed: list[tuple[str, ...]] = []
     for link in links:
         found = _values(link, program)
         if isinstance(found, Refused):
             return found
         program, names = _severed(link, found, program)
-        before += found
         passed.append(names)
-    return _anchored(entry, Region(name, entry, links[0].call.target, (), tuple(passed)), before, program)
+    return _anchored(Region(name, entry, links[0].call.target, (), tuple(passed)), program)
 
 
 def _severed(link: Link, found: Sequence[str], program: Program) -> tuple[Program, tuple[str, ...]]:
@@ -93,7 +91,7 @@ def _values(link: Link, program: Program) -> list[str] | Refused:
     return found
 
 
-def _anchored(entry: Entry, region: Region, before: Sequence[str], program: Program) -> Program | Refused:
+def _anchored(region: Region, program: Program) -> Program | Refused:
     """With the region: one node behind everything that it reads."""
     first = [program.node(name) for name in region.parts[0]]
     tail = behind(program, first)
@@ -104,6 +102,7 @@ def _anchored(entry: Entry, region: Region, before: Sequence[str], program: Prog
         return masked
     program = masked
     cuts = [[program.node(name) for name in names] for names in region.parts]
+    before = [origin(node) for cut in cuts for node in cut]  # a dropout among them is a product by now
     tail, outline = behind(program, cuts[0]), outline_of(program, cuts)
     if isinstance(tail, Refused) or isinstance(outline, Refused):
         return tail if isinstance(tail, Refused) else outline  # type: ignore[return-value]
@@ -112,12 +111,12 @@ def _anchored(entry: Entry, region: Region, before: Sequence[str], program: Prog
         return refused
     graph = program.edit()
     own = {node.name: node for node in graph.nodes}
-    values = tuple([own[name] for name in before])
+    values = tuple([own[node.name] for node in before])
     sides = tuple([own[side.name] for side in outline.sides])
     with graph.inserting_before(graph.output_node()):
         node = graph.call_function(anchor, (values, sides, tuple(graph.output_node().all_input_nodes)))
     node.meta["block"] = ()
-    like = program.values[before[0]]
+    like = program.values[before[0].name]
     assert isinstance(like, Value)
     known = {**program.values, node.name: Value((), like.dtype, None, True)}
     region = replace(region, owned=(node.name,))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from .base import Entry, Refused
+from .chain import block_regions
 from .pieces import in_pieces
 from .program import Program, Region
 from .regions import calls_at
@@ -23,11 +24,30 @@ class Link:
     onward: frozenset[str] | None = None
 
 
-def links(entry: Entry, place: Place, every: int, program: Program) -> tuple[Program, list[Link]] | Refused:
-    """The ends of sub-chains of `every` links each; the last sub-chain, which the loss follows, has none.
+@dataclass(frozen=True)
+class Links:
+    """calls: the links of a chain, in order; size: how many make a sub-chain."""
 
-    A link is a call of a module in a loop, a child of a list of blocks, or a step of an `nn.RNN`, `nn.GRU` or
-    `nn.LSTM`, whose call is written as one per sub-chain.
+    program: Program
+    calls: tuple[Region, ...]
+    size: int
+
+    def ends(self) -> list[Link]:
+        """What is cut: the last sub-chain, which the loss follows, has no end."""
+        places = range(self.size - 1, len(self.calls) - 1, self.size)
+        return [Link(self.calls[end], _leading_to(self.calls[end + 1], self.program)) for end in places]
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """Names of the nodes of each sub-chain's links."""
+        starts = range(0, len(self.calls), self.size)
+        return [tuple(n for call in self.calls[s : s + self.size] for n in call.owned) for s in starts]
+
+
+def links(entry: Entry, place: Place, every: int, program: Program) -> Links | Refused:
+    """A chain in sub-chains of `every` links.
+
+    A link is a call of a module in a loop, a child of a list of blocks with what lies between it and the next one, or
+    a step of an `nn.RNN`, `nn.GRU` or `nn.LSTM`, whose call is written as one per sub-chain.
     """
     module = program.module(place.module)
     if place.call is not None:
@@ -37,27 +57,34 @@ def links(entry: Entry, place: Place, every: int, program: Program) -> tuple[Pro
         if isinstance(changed, Refused):
             return changed
         program, every = changed, 1
-    calls = _calls(entry, place, module, program)
+    calls: Sequence[Region] | Refused
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        program, calls = _blocks(entry, place, module, program)
+    else:
+        calls = calls_at(entry, place, program)
     if isinstance(calls, Refused):
         return calls
-    ends = range(every - 1, len(calls) - 1, every)
-    if not ends:
+    if len(calls) <= every:
         return Refused(place.module, f"a chain of {len(calls)} has no sub-chains of {every} to cut", "a smaller every=")
-    return program, [Link(calls[end], _leading_to(calls[end + 1], program)) for end in ends]
+    return Links(program, tuple(calls), every)
 
 
-def _calls(entry: Entry, place: Place, module: nn.Module, program: Program) -> list[Region] | Refused:
-    children = [f"{place.module}.{name}" for name, _ in module.named_children()]
-    if not isinstance(module, nn.ModuleList | nn.Sequential):
-        return calls_at(entry, place, program)
-    found: list[Region] = []
-    for name in children:
-        calls = calls_at(entry, Place(name), program)
-        if isinstance(calls, Refused):
-            return calls
-        found += calls
+def _blocks(
+    entry: Entry, place: Place, module: nn.Module, program: Program
+) -> tuple[Program, Sequence[Region] | Refused]:
+    """Each child's part of the chain: up to the next single tensor, a residual sum included, where there is such."""
+    found = block_regions(entry, program)
+    if not isinstance(found, Refused) and len(found[1]) == 1:
+        changed, (region,) = found
+        return changed, [Region(piece.output, entry, region.target, piece.nodes) for piece in region.parts]
+    calls: list[Region] = []
+    for name, _ in module.named_children():
+        own = calls_at(entry, Place(f"{place.module}.{name}"), program)
+        if isinstance(own, Refused):
+            return program, own
+        calls += own
     order = {node.name: number for number, node in enumerate(program.graph.nodes)}
-    return sorted(found, key=lambda call: order[call.owned[0]])
+    return program, sorted(calls, key=lambda call: order[call.owned[0]])
 
 
 def _leading_to(call: Region, program: Program) -> frozenset[str]:

@@ -16,9 +16,11 @@ from rewriter.runtime.rule import Rule
 from rewriter.runtime.segment import Segment
 from rewriter.runtime.ulr_cut import TailFacts, UlrCutRule
 
+from .apart import Apart
 from .base import Entry, Refused
 from .behind import Behind, behind, obstacles, trainable_of
-from .course import course_of, outline_of
+from .checkpoint import is_count
+from .course import course_of, handing, outline_of
 from .cutting import cut_at
 from .program import Cost, Program, Region, holds_box, is_box_call
 from .regions import calls_at, inputs_of
@@ -47,6 +49,8 @@ class UlrCut(Entry):
         differentiated exactly, and the last sub-chain whole.
     allocation: "uniform"; "doubt": more copies for rows with a larger 1 - exp(-loss), which is 1 - p_y for a mean
         cross-entropy; "norm": for rows whose gradient a pilot (a quarter of the copies, which count) finds longer.
+    at_once: sub-chains differentiated as one, their rows stacked (memory of so many); "auto": as many as 64 MiB hold.
+        Forward keeps no tape of them: backward runs them again.
     max_rows: rows of one evaluation (memory); max_failed: share of copies without a finite loss that is tolerated.
 
     Parameters before the cut get the gradient of the loss smoothed over the noise, without bias; those behind it the
@@ -69,15 +73,20 @@ class UlrCut(Entry):
     allocation: str = "uniform"
     max_rows: int | None = None
     max_failed: float = 0.5
+    at_once: int | str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._options()
-        if self.every is not None and (
-            not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1
-        ):
+        if self.every is not None and not is_count(self.every):
             raise RewriteError(
                 f"every={self.every!r} is no number of links", where="UlrCut", remedy="a whole number from 1"
+            )
+        if self.at_once != "auto" and not is_count(self.at_once):
+            raise RewriteError(
+                f"at_once={self.at_once!r} is no number of sub-chains",
+                where="UlrCut",
+                remedy='a whole number from 1, or "auto"',
             )
 
     def _options(self) -> CutOptions:
@@ -86,23 +95,34 @@ class UlrCut(Entry):
 
     def apply(self, program: Program) -> Program | Refused:
         for place in resolve(self.target, program.model):
-            found = self._links(place, program)
-            if isinstance(found, Refused):
-                return found
-            program, ends = found
-            chains = [(place.module, ends)] if self.every is not None else [(end.call.name, [end]) for end in ends]
-            for name, chain in chains:
-                outcome = cut_at(self, chain, name, program)
-                if isinstance(outcome, Refused):
-                    return outcome
-                program = outcome
+            changed = self._at(place, program) if self.every is None else self._along(place, self.every, program)
+            if isinstance(changed, Refused):
+                return changed
+            program = changed
         return program
 
-    def _links(self, place: Place, program: Program) -> tuple[Program, list[Link]] | Refused:
-        if self.every is not None:
-            return links(self, place, self.every, program)
+    def _at(self, place: Place, program: Program) -> Program | Refused:
         calls = calls_at(self, place, program)
-        return calls if isinstance(calls, Refused) else (program, [Link(call) for call in calls])
+        if isinstance(calls, Refused):
+            return calls
+        for call in calls:
+            outcome = cut_at(self, [Link(call)], call.name, program)
+            if isinstance(outcome, Refused):
+                return outcome
+            program = outcome
+        return program
+
+    def _along(self, place: Place, every: int, program: Program) -> Program | Refused:
+        found = links(self, place, every, program)
+        if isinstance(found, Refused):
+            return found
+        changed = cut_at(self, found.ends(), place.module, found.program)
+        if isinstance(changed, Refused):
+            return changed
+        cuts = changed.regions[-1].parts
+        starts = [tuple(node.name for name in cut for node in handing(changed.node(name))) for cut in cuts]
+        at_once = self.at_once if isinstance(self.at_once, int) else None
+        return Apart(place.module, ((), *starts), tuple(found.groups()), at_once).apply(changed)
 
     def wholes(self, model: nn.Module) -> frozenset[str]:
         if self.every is None:
