@@ -43,6 +43,9 @@ def _region(region: Region, step: Rewritten) -> str:
         lines += _black_box(facts, holds_box(program.module(region.target)), facts["width"] or _width(values))
     elif facts["rule"] == "ulr-cut":
         lines += _ulr_cut(facts)
+    elif facts["rule"] == "sub-chains":
+        stacked = f", up to {facts['alike']} of them stacked" if facts["alike"] > 1 and facts["at_once"] != 1 else ""
+        lines.append(f"  {facts['sub_chains']} sub-chains, run again in backward{stacked}: exact within each")
     elif facts["rule"] == "horizon":
         lines += _horizon(facts, region, program)
     elif facts["rule"] == "checkpoint":
