@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,21 @@ def _arguments(call: fx.Node) -> tuple[Any, Any]:
     return given.get("input"), given.get("hx")
 
 
+def _fixed(x: fx.Node, program: Program) -> Iterator[str]:
+    """That the sizes which the sequence's length may come from stay as they are: all but the numbers of rows."""
+    given = [node for node in program.graph.nodes if node.op == "placeholder"]
+    wanted, stack = {x}, [x]
+    while stack:
+        sources = [source for source in stack.pop().all_input_nodes if source not in wanted]
+        wanted.update(sources)
+        stack += sources
+    for number, node in enumerate(given):
+        value = program.values.get(node.name)
+        if node in wanted and isinstance(value, Value):
+            rows = None if value.rows is None else value.rows.dimension
+            yield from (f"s[{number}][{d}] == {size}" for d, size in enumerate(value.shape) if d != rows)
+
+
 class _Writer:
     """Writes the pieces in place of one call."""
 
@@ -89,7 +104,8 @@ class _Writer:
             whole = self._note(self.graph.call_function(torch.cat, (outputs, self.time)), None, self.result[0])
         self._replace(whole, state)
         self.graph.lint()
-        return self.program.with_(graph=self.graph, values=self.values, costs=self.costs)
+        conditions = (*self.program.conditions, *_fixed(self.program.node(x.name), self.program))
+        return self.program.with_(graph=self.graph, values=self.values, costs=self.costs, conditions=conditions)
 
     def _piece(self, number: int, piece: fx.Node, state: Any, size: int, share: float) -> tuple[fx.Node, Any]:
         """One call and the items of its result."""

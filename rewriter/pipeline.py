@@ -91,6 +91,7 @@ def analysed(
     with preserved(model), trial_run(), torch.enable_grad():
         annotate = Annotate(first, second, batches)
         program, history = run([Normalise(), annotate, Unpack(), *plan, Cover(), Partition()], program)
+    captured.guards.add(program.conditions)
     log.info(
         "captured by %s in %.2f s: %d nodes, %d segments, %d regions",
         captured.front_end,
