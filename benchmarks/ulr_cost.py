@@ -2,8 +2,8 @@
 
     python benchmarks/ulr_cost.py
 
-One thread. Contestants alternate; best CPU time of several steps of each. Memory is the peak of all live storages that a
-step makes (gradients counted; parameters and inputs not). Floors are the same steps' forwards alone, without a tape.
+One thread. Contestants alternate; best CPU time of several steps of each. Memory is the peak of all live storages that
+a step makes (gradients counted; parameters and inputs not).
 """
 
 import sys

@@ -46,13 +46,14 @@ class Pass(ABC):
 class Entry(Pass):
     """A plan entry: says for a part of the model where its gradient comes from.
 
-    `target` is its first field. `ahead`: its rules evaluate the loss themselves (`Call.objective`). `learns`: they have
-    parameters of their own, which the rewritten module registers. `wholes(model)` names the modules that capture must
-    keep as one node; `rule(...)` builds what runs. Entries print as the text that makes them, and `Plan` reads that
-    text back.
+    `target` is its first field. `ahead`: its rules evaluate the loss themselves (`Call.objective`). `cuts`: it changes
+    what others read, so it goes before those that do not. `learns`: they have parameters of their own, which the
+    rewritten module registers. `wholes(model)` names the modules that capture must keep as one node; `rule(...)` builds
+    what runs. Entries print as the text that makes them, and `Plan` reads that text back.
     """
 
     ahead: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
 
     target: Target
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -46,7 +46,7 @@ def block_regions(entry: Entry, program: Program) -> tuple[Program, list[Region]
         found = list(_runs(structure.spans, [_within(span, inside, program) for span in structure.spans]))
         for chain in structure.chains:
             segments = [_trimmed(segment, inside) for segment in chain.segments]
-            found += _runs(segments, [_within(segment, {*inside, segment.add}, program) for segment in segments])
+            found += _runs(segments, [_block_inside(segment, inside, program) for segment in segments])
         found = [_grouped(run, _units(places, program), program) for run in found]
         yield from sorted(found, key=len, reverse=True)[:1]
 
@@ -150,7 +150,7 @@ def _runs(pieces: Sequence[Span], inside: Sequence[bool]) -> Iterator[Pieces]:
     yield tuple(run)
 
 
-def _within(piece: Span, inside: Set[str | None], program: Program) -> bool:
+def _within(piece: Span, inside: frozenset[str], program: Program) -> bool:
     """Whether a piece lies inside; what it reads of the model around it (a table of positions) may be read anywhere."""
     return all(name in inside or program.node(name).op == "get_attr" for name in piece.nodes)
 
@@ -161,6 +161,14 @@ def _branch_inside(segment: ChainSegment, inside: frozenset[str], program: Progr
         return _within(segment, inside, program)
     modules = [name for name in segment.nodes if program.node(name).op == "call_module"]
     return inside.issuperset(modules) and not inside.isdisjoint(segment.branch)
+
+
+def _block_inside(segment: ChainSegment, inside: frozenset[str], program: Program) -> bool:
+    """Whether a segment is a block with its sum, and functions between the two."""
+    if segment.add is None or inside.isdisjoint(segment.branch):
+        return _within(segment, inside, program)
+    functions = {name for name in segment.branch if program.node(name).op != "call_module"}
+    return _within(segment, inside | functions | {segment.add}, program)
 
 
 def _trimmed(segment: ChainSegment, inside: frozenset[str]) -> ChainSegment:

@@ -62,6 +62,7 @@ class UlrCut(Entry):
 
     name: ClassVar[str] = "ulr-cut"
     ahead: ClassVar[bool] = True
+    cuts: ClassVar[bool] = True
 
     target: Target
     copies: int | str = "auto"

@@ -1,7 +1,7 @@
 """The loss contract: the number a loss returns in eager, and the part each row has in it."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,14 +69,15 @@ class Loss:
         self._latest = type_
         if type_ == "contributions":
             return as_contributions(self.function(output, target), rows)
-        values = self._row_values(output, target, rows)
+        values = self._row_values(output, target, _rowed((output, target), rows))
         return values / rows if type_ == "mean" else values
 
     def _of_copies(self, output: Any, target: Any, copied: Copied) -> Tensor:
         index, rows = copied.source, copied.rows
         if self._latest != "contributions":
+            rowed = [*_rowed(output, len(index)), *_rowed(target, rows)]
             given = tree_map(lambda leaf: leaf[index] if _has_rows(leaf, rows) else leaf, target)
-            values = self._row_values(output, given, len(index))
+            values = self._row_values(output, given, rowed)
             return values / rows if self._latest == "mean" else values
         # Such a loss may divide by something of the whole batch: copies take the place of their rows in it.
         found: list[tuple[Tensor, Tensor]] = []
@@ -91,10 +92,10 @@ class Loss:
         # One row adds up whatever the loss does, so it is no proof.
         return rows > 1 and (len(self._proven) < 2 or (len(set(self._proven)) == 1 and rows != self._proven[0]))
 
-    def _row_values(self, output: Any, target: Any, rows: int) -> Tensor:
-        """(B,): the loss of each row alone, as a batch of one."""
+    def _row_values(self, output: Any, target: Any, rowed: Sequence[bool]) -> Tensor:
+        """(B,): the loss of each row alone, as a batch of one; rowed: which leaves have rows."""
         leaves, structure = tree_flatten((output, target))
-        places = [place for place, leaf in enumerate(leaves) if _has_rows(leaf, rows)]
+        places = [place for place, has_rows in enumerate(rowed) if has_rows]
 
         def one_row(*values: Tensor) -> Tensor:
             filled = list(leaves)
@@ -131,7 +132,11 @@ class Loss:
 
     def _find_type(self, output: Any, target: Any, rows: int) -> str:
         batches = [
-            (some_rows, self.function(some_output, some_target), self._row_values(some_output, some_target, some_rows))
+            (
+                some_rows,
+                self.function(some_output, some_target),
+                self._row_values(some_output, some_target, _rowed((some_output, some_target), some_rows)),
+            )
             for some_output, some_target, some_rows in _variants(output, target, rows)
         ]
         # Only the batch as it is must be finite: its variants may leave the loss's domain.
@@ -210,6 +215,10 @@ def _filled(old: Any, new: Any, index: Tensor, places: Tensor, rows: int) -> Any
 
 def _has_rows(leaf: Any, rows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows
+
+
+def _rowed(tree: Any, rows: int) -> list[bool]:
+    return [_has_rows(leaf, rows) for leaf in tree_leaves(tree)]
 
 
 def _detached(tree: Any) -> Any:

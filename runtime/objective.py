@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, autograd
 
+from .errors import RewriteError
+
 
 class Copied(NamedTuple):
     """Outputs that belong to other rows than their own.
@@ -44,8 +46,18 @@ class Objective:
         assert isinstance(loss, Tensor)
         return loss
 
-    def weighed(self, loss: Tensor) -> Tensor:
-        """The same number; its backward notes the loss's cotangent first (a gradient scaler's factor, 1 / steps)."""
+    def weighed(self, loss: Any) -> Tensor:
+        """The same number; its backward notes the loss's cotangent first (a gradient scaler's factor, 1 / steps).
+
+        Raises RewriteError where the loss is no tensor.
+        """
+        if not isinstance(loss, Tensor):
+            raise RewriteError(
+                f"the loss returns a {type(loss).__name__}, not a tensor",
+                where="loss",
+                why="an entry of the plan evaluates it, and needs the number itself",
+                remedy="return the tensor that backward is called on",
+            )
         anchors, self.anchors = self.anchors, []
         result: Tensor = _Weighed.apply(loss, self, *anchors)  # type: ignore[no-untyped-call]
         return result

@@ -61,7 +61,7 @@ def test_memory_is_that_of_one_sub_chain():
 
 @pytest.mark.parametrize(("kind", "others"), [(nn.GRUCell, 1), (nn.LSTMCell, 2)])
 def test_sub_chains_that_run_as_one_have_the_same_gradients(kind, others):
-    """Of three sub-chains of two steps and one of a single step; the LSTM's first one starts from one tensor, not two."""
+    """Three sub-chains of two steps and one of a single step; the LSTM's first one starts from one tensor, not two."""
     net = Loop(kind)
     _, expected = cuts.gradients(net, SEQUENCES, Y)
     forwards = {}
