@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rewriter.runtime.boxes import Box
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.estimators.cut_options import CutOptions
+from rewriter.runtime.learned_noise import channels_of, learned_sizes
 from rewriter.runtime.ledger import Ledger
 from rewriter.runtime.rule import Rule
 from rewriter.runtime.segment import Segment
@@ -22,7 +23,7 @@ from .behind import Behind, behind, obstacles, trainable_of
 from .checkpoint import is_count
 from .course import course_of, handing, outline_of
 from .cutting import cut_at
-from .program import Cost, Program, Region, holds_box, is_box_call
+from .program import Cost, Program, Region, Value, holds_box, is_box_call
 from .regions import calls_at, inputs_of
 from .sub_chains import Link, links
 from .targets import Place, Target, resolve
@@ -38,7 +39,9 @@ class UlrCut(Entry):
     target: the module whose result is cut, `encoder` or `encoder:out`; `cell@5` cuts a loop behind its sixth call.
     copies: of each row; "auto" sets them from the measured noise and the costs of the tail and of the rest.
     sigma: of the noise, one number or one for each element of a row; "auto": a tenth of the value's deviation, more
-        where the losses of copies would not differ by more than rounding.
+        where the losses of copies would not differ by more than rounding; "learned": a parameter for each element of a
+        vector, each channel of a feature map (N, C, ...) or a sequence (N, T, C), under `rewriter.noise`, that starts
+        there: it lowers the smoothed loss, which is not the estimate's variance.
     directions: "orthogonal" (blocks of Haar frames with Gaussian lengths), "gaussian", "laplace", or "sobol" (refused
         below 16 points a dimension).
     baseline: "clean" (the loss without noise), "leave-one-out", "constant", "none"; "auto": leave-one-out from 8
@@ -47,8 +50,11 @@ class UlrCut(Entry):
     every: cut a chain into sub-chains of so many links: calls of a cell in a loop, children of a list of blocks, steps
         of an `nn.RNN`, `nn.GRU` or `nn.LSTM`. Only what hands the state on is cut: losses within a sub-chain are
         differentiated exactly, and the last sub-chain whole.
-    allocation: "uniform"; "doubt": more copies for rows with a larger 1 - exp(-loss), which is 1 - p_y for a mean
-        cross-entropy; "norm": for rows whose gradient a pilot (a quarter of the copies, which count) finds longer.
+    allocation: "uniform"; "doubt": more copies for rows whose loss has a longer gradient in the model's outputs, which
+        is about 1 - p_y under a cross-entropy; "norm": for rows whose gradient a pilot (a quarter of the copies, which
+        count) finds longer. A running estimate per row is not to be had: rows have no identity from batch to batch.
+    across: of several cuts of a chain, "uniform", or "neyman": in proportion to sqrt(noise / cost) once that is
+        measured; `copies` is then the mean, each cut's weighed by what a copy there costs.
     at_once: sub-chains differentiated as one, their rows stacked (memory of so many); "auto": as many as 64 MiB hold.
         Forward keeps no tape of them: backward runs them again.
     max_rows: rows of one evaluation (memory); max_failed: share of copies without a finite loss that is tolerated.
@@ -72,6 +78,7 @@ class UlrCut(Entry):
     antithetic: bool = False
     every: int | None = None
     allocation: str = "uniform"
+    across: str = "uniform"
     max_rows: int | None = None
     max_failed: float = 0.5
     at_once: int | str = "auto"
@@ -89,6 +96,10 @@ class UlrCut(Entry):
                 where="UlrCut",
                 remedy='a whole number from 1, or "auto"',
             )
+
+    @property
+    def learns(self) -> bool:
+        return self.sigma == "learned"
 
     def _options(self) -> CutOptions:
         chosen = {field.name: getattr(self, field.name) for field in fields(CutOptions)}
@@ -147,10 +158,28 @@ class UlrCut(Entry):
         rule = UlrCutRule(course, self._options(), _facts(program, cuts, tails), ledger, region.name)
         if isinstance(known, UlrCutRule):
             rule.learn_with(known)
+        if self.learns:
+            shapes = [channels_of([_row_shape(program, node) for node in cut]) for cut in cuts]
+            like = next(program.model.parameters()).detach()
+            earlier = known.noise if isinstance(known, UlrCutRule) else None
+            rule.noise = learned_sizes(earlier, shapes, like, region.name)
         return rule
+
+    def trainable(self, rule: Rule, segment: Segment) -> Callable[[], tuple[Tensor, ...]]:
+        assert isinstance(rule, UlrCutRule)
+        return rule.trainable
 
     def supplies(self, program: Program, region: Region) -> frozenset[int]:
         return frozenset(_values(program, region))
+
+
+def _row_shape(program: Program, node: fx.Node) -> tuple[int, ...]:
+    """(multiplicity, the other dimensions)."""
+    value = program.values[node.name]
+    assert isinstance(value, Value)
+    assert value.rows is not None
+    dimension = value.rows.dimension
+    return (value.rows.multiplicity, *value.shape[:dimension], *value.shape[dimension + 1 :])
 
 
 def _values(program: Program, region: Region) -> list[int]:
@@ -169,7 +198,14 @@ def _facts(program: Program, cuts: Sequence[Sequence[fx.Node]], tails: Sequence[
     outputs = program.graph.output_node().all_input_nodes
     stepped = any(_blocked(program, cut, tail, outputs) for cut, tail in zip(cuts, tails, strict=True))
     kind = "box" if boxed else "steps" if stepped else "trainable" if trained else "frozen"
-    return TailFacts(kind, tuple([_ratio(program, tail, trained) for tail in tails]), noisy)
+    return TailFacts(kind, tuple([_ratio(program, tail, trained) for tail in tails]), _costs(program, tails), noisy)
+
+
+def _costs(program: Program, tails: Sequence[Behind]) -> tuple[float, ...]:
+    """Of one copy from each cut, in units of the first cut's, by FLOPs; by operations where none are known."""
+    flops = [sum(program.costs.get(node.name, Cost()).flops for node in tail.nodes) for tail in tails]
+    spent = flops if min(flops) > 0 else [len(tail.nodes) for tail in tails]
+    return tuple([max(each, 1) / max(*spent, 1) for each in spent])
 
 
 def _blocked(program: Program, cut: Sequence[fx.Node], tail: Behind, outputs: Sequence[fx.Node]) -> bool:

@@ -114,18 +114,22 @@ _TAILS = {
 
 def _ulr_cut(facts: dict[str, Any]) -> list[str]:
     cuts = f"{facts['cuts']} cuts, each with " if facts["cuts"] > 1 else ""
+    shared = f", across cuts {facts['across']}" if facts["cuts"] > 1 else ""
     pairs = " in antithetic pairs" if facts["antithetic"] else ""
     lines = [
         f"  {cuts}{facts['copies']} copies per row{pairs}, {facts['directions']} noise, baseline {facts['baseline']}, "
-        f"allocation {facts['allocation']}",
+        f"allocation {facts['allocation']}{shared}",
         f"  {_TAILS[facts['tail']]}",
     ]
     if facts["width"] is None:
         lines.append("  nothing measured yet; the first backward does")
     else:
         measured = facts["measured_cosine"]
+        sigma = f"{facts['sigma']:.3g}"
+        if facts["learned"]:
+            sigma = "learned, {:.3g} to {:.3g}".format(*facts["learned"])
         lines.append(
-            f"  width {facts['width']}, sigma {facts['sigma']:.3g}; row cosine: predicted "
+            f"  width {facts['width']}, sigma {sigma}; row cosine: predicted "
             f"{facts['predicted_cosine']:.2f}, measured {'not yet' if measured is None else f'{measured:.2f}'}; "
             f"left out: {facts['bias']}"
         )

@@ -72,6 +72,30 @@ class Loss:
         values = self._row_values(output, target, _rowed((output, target), rows))
         return values / rows if type_ == "mean" else values
 
+    def doubts(self, output: Any, target: Any = None) -> Tensor | None:
+        """(B,): length of the gradient of each row's part in its output; None where the loss has none there.
+
+        Cross-entropy: |p - y|, between 1 and sqrt(2) times 1 - p_y, the weight of the row beside it. In logits, whether
+        the output is these, their log-softmax or their sigmoid.
+        """
+        known = recognise(self.function) if isinstance(output, Tensor) else None
+        if known is not None:
+            known, output = known.of_logits(output)
+        leaves, structure = tree_flatten(output)
+        rows = _count_rows(output)
+        followed = [_has_rows(leaf, rows) and leaf.is_floating_point() for leaf in leaves]
+        with torch.enable_grad():
+            pairs = list(zip(leaves, followed, strict=True))
+            given = [leaf.detach().requires_grad_() if follow else leaf for leaf, follow in pairs]
+            own = tree_unflatten(given, structure)
+            parts = self.contributions(own, target) if known is None else known.contributions(own, target)
+            if not parts.requires_grad:
+                return None
+            wanted = [leaf for leaf, follow in zip(given, followed, strict=True) if follow]
+            found = torch.autograd.grad(parts.sum(), wanted, allow_unused=True)
+        squares = [each.double().reshape(rows, -1).square().sum(1) for each in found if each is not None]
+        return torch.stack(squares).sum(0).sqrt()
+
     def _of_copies(self, output: Any, target: Any, copied: Copied) -> Tensor:
         index, rows = copied.source, copied.rows
         if self._latest != "contributions":

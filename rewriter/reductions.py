@@ -64,6 +64,14 @@ class TorchLoss:
         whole = output if copied is None else widened(copied.clean)
         return per_row / self._divisor(reduction, whole, target, entries, options)
 
+    def of_logits(self, output: Tensor) -> tuple["TorchLoss", Tensor]:
+        """The same loss of what the output is the logarithm or the sigmoid of, where it takes one of these."""
+        if self.function is F.nll_loss:
+            return TorchLoss(F.cross_entropy, self.options), output  # logarithms of probabilities are logits, too
+        if self.function is F.binary_cross_entropy:
+            return TorchLoss(F.binary_cross_entropy_with_logits, self.options), torch.logit(output, 1e-6)
+        return self, output
+
     def _check_rows(self, output: Tensor, entries: Tensor) -> None:
         if self.function in _PER_CLASS:
             fits = entries.ndim > 0 and output.ndim > 1 and len(entries) == len(output)

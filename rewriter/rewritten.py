@@ -112,7 +112,11 @@ class Rewritten(nn.Module):
             found: torch.Tensor = own.contributions(rebuild(outputs), target, copied)
             return found
 
-        return Objective(lambda outputs: own(rebuild(outputs), target), tensors, rows)
+        def doubts(outputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
+            found: torch.Tensor | None = own.doubts(rebuild(outputs), target)
+            return found
+
+        return Objective(lambda outputs: own(rebuild(outputs), target), tensors, rows, doubts)
 
     def _emitted_forward(self, *args: Any, **kwargs: Any) -> Any:
         variant, tensors = self._variant(args, kwargs)
@@ -277,13 +281,13 @@ class Rewritten(nn.Module):
         # Rules hold evaluators and emitted code; their state waits for the next capture instead.
         learnt = state["_modules"]["rewriter"].get_extra_state()
         state["_modules"] = {name: module for name, module in state["_modules"].items() if name != "rewriter"}
-        state.update(_learnt=learnt, _heads=self._rules.heads, _clock=None, _rules=None)
+        state.update(_learnt=learnt, _heads=self._rules.heads, _noise=self._rules.noise, _clock=None, _rules=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        learnt, heads = state.pop("_learnt"), state.pop("_heads")
+        learnt, heads, noise = (state.pop(name) for name in ("_learnt", "_heads", "_noise"))
         self.__dict__.update(state)
-        clock, rules = Clock(0), Rules(heads)
+        clock, rules = Clock(0), Rules(heads, noise)
         own = Learnt(clock, rules)
         own.set_extra_state(learnt)
         self.__dict__.update(_clock=clock, _rules=rules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,11 @@ class NoisyTail:
         split = [self.course.layout(n).split(v) for n, v in zip(self.course.cuts[cut], tensors, strict=True)]
         return torch.cat([each.reshape(self.rows, -1).to(wide) for each in split], 1)
 
+    def shapes(self, cut: int) -> list[tuple[int, ...]]:
+        """(multiplicity, the other dimensions) of a row in each tensor at a cut."""
+        layouts = [self.course.layout(name) for name in self.course.cuts[cut]]
+        return [tuple(each.split(value).shape[1:]) for each, value in zip(layouts, self.at[cut], strict=True)]
+
     @property
     def scale(self) -> Tensor:
         """What the estimates from `clean` and `losses` are still to be multiplied with."""
@@ -98,6 +104,24 @@ class NoisyTail:
             relative = (weight.detach() / torch.where(largest > 0, largest, 1)).to(contributions.dtype)
             contributions = contributions * (relative if source is None else relative[source])
         return contributions.flatten(1).sum(1) if contributions.ndim > 1 else contributions
+
+    @cached_property
+    def doubts(self) -> Tensor:
+        """(rows,): length of the gradient of what each row contributes in the model's outputs.
+
+        Raises RewriteError where the loss has none there.
+        """
+        found, weight = self.objective.doubts(self.outputs), self.objective.weight
+        if found is None:
+            raise RewriteError(
+                'allocation="doubt" found no gradient of the loss in the model\'s outputs',
+                why="the loss is not differentiable there, so it does not say which rows matter",
+                remedy='allocation="norm", which asks a pilot',
+            )
+        if weight is None or not weight.ndim:
+            return found
+        weights: Tensor = weight.detach().to(found.dtype).reshape(len(found), -1).norm(dim=1)
+        return found * weights
 
     def losses(self, requests: Sequence[Request]) -> list[Tensor]:
         """For each request, (n,): what its rows would contribute to the loss with these values at that cut.

@@ -28,6 +28,7 @@ class Objective:
     tensors: the flat tensor arguments of the forward pass, by position of the graph's placeholders. weight: the
     cotangent of the loss, known in backward before any region is reached; None where the loss was never differentiated.
     rows(outputs, copied): the part each row of the outputs has in the loss, (n,) or (n, T), where the loss has rows.
+    doubts(outputs): length of the gradient of each row's part in its outputs, (n,); None where there is none.
     anchors: scalars of regions whose outputs carry no gradient: the loss's backward reaches the regions through them.
     """
 
@@ -36,8 +37,9 @@ class Objective:
         function: Callable[[Sequence[Tensor]], Any],
         tensors: Sequence[Tensor],
         rows: Callable[[Sequence[Tensor], Copied | None], Tensor],
+        doubts: Callable[[Sequence[Tensor]], Tensor | None] = lambda _: None,
     ) -> None:
-        self._function, self.tensors, self.rows = function, tuple(tensors), rows
+        self._function, self.tensors, self.rows, self.doubts = function, tuple(tensors), rows, doubts
         self.weight: Tensor | None = None
         self.anchors: list[Tensor] = []
 

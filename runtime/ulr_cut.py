@@ -8,19 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import RewriteError
 from .estimators.copies import Estimation, Found
-from .estimators.copy_watch import resolved
-from .estimators.cut_estimator import CutEstimator, Settings
+from .estimators.cut_estimator import CutEstimator, Settings, resize, share_copies
 from .estimators.cut_options import CutOptions
 from .estimators.quality import EVERY, History, ParameterCosine, Quality, cosine_of
+from .learned_noise import channels_of, size_gradient, sizes_of
 from .ledger import Ledger
 from .noisy_tail import Course, NoisyTail, Request
 from .rule import Call, Gradients, Taken
 
 log = logging.getLogger("rewriter.runtime")
+
+Learnt = tuple[Tensor, Tensor] | None  # log_sigma, and the channel of each element, where noise is learnt
 
 _PROOFS = 2  # batches on which the tail is seen to treat rows alone
 
@@ -32,8 +34,9 @@ def anchor(values: tuple[Tensor, ...], sides: tuple[Tensor, ...], outputs: tuple
 
 @dataclass(slots=True)
 class _Memory:
-    """settings: of each cut, once used."""
+    """learning: cuts whose log_sigma asks for a gradient; settings: of each cut, once used."""
 
+    learning: tuple[int, ...] = ()
     settings: list[Settings] | None = None
 
 
@@ -42,12 +45,13 @@ class TailFacts:
     """What is known of what follows the cuts before it runs.
 
     kind: "box", "steps" (every way to the loss meets an operation without a derivative), "frozen" or "trainable";
-    ratios: for each cut, cost of a step without copies in units of one copy; noisy: a box there answers differently
-    every time.
+    ratios: for each cut, cost of a step without copies in units of one copy; costs: of one copy, in units of the first
+    cut's; noisy: a box there answers differently every time.
     """
 
     kind: str
     ratios: tuple[float, ...]
+    costs: tuple[float, ...]
     noisy: bool = False
 
 
@@ -55,18 +59,21 @@ class UlrCutRule:
     """Supplies dL/dz at each cut as mean (f(z + sigma e) - baseline) score(e) / sigma of each row (likelihood ratio).
 
     copies: of every row, "auto" sets them from measured noise and costs. sigma: of the noise, "auto" a tenth of the
-    value's running deviation, more where the losses do not resolve it. directions: "orthogonal", "gaussian", "laplace",
-    "sobol". baseline: "none", "clean", "leave-one-out", "constant", or "auto". antithetic: copies come in pairs of
-    opposite noise. allocation: "uniform"; "doubt", in proportion to 1 - exp(-loss of the row), which is 1 - p_y for a
-    mean cross-entropy; "norm", by a pilot that is part of the copies. max_rows: of one evaluation; max_failed: share of
-    copies without a finite loss above which it raises. Unbiased for the loss smoothed over the noise; linear in the
-    loss's cotangent. Each cut has its own noise, one at a time; copies of all join one evaluation of the chain.
+    value's running deviation, more where the losses do not resolve it; "learned", what `noise` holds of each cut, whose
+    gradient is returned with the others. directions: "orthogonal", "gaussian", "laplace", "sobol". baseline: "none",
+    "clean", "leave-one-out", "constant", or "auto". antithetic: copies come in pairs of opposite noise. allocation:
+    "uniform"; "doubt", in proportion to the length of the gradient of a row's loss in the model's outputs; "norm", by a
+    pilot that is part of the copies. across: "uniform", or "neyman": the copies of all cuts in proportion to
+    sqrt(noise / cost), once that is measured. max_rows: of one evaluation; max_failed: share of copies without a finite
+    loss above which it raises. Unbiased for the loss smoothed over the noise; linear in the loss's cotangent. Each cut
+    has its own noise, one at a time; copies of all join one evaluation of the chain.
     """
 
     def __init__(self, course: Course, options: CutOptions, facts: TailFacts, ledger: Ledger, label: str) -> None:
         self.course, self.options, self.facts, self.ledger, self.label = course, options, facts, ledger, label
         self.history = History()
         self.cuts = [CutEstimator(options, ratio, label) for ratio in facts.ratios]
+        self.noise: nn.ModuleList | None = None
         self._parameters = ParameterCosine()
         self._counters = {"backwards": 0, "proofs": 0}
         self._values = [tuple([course.places[name] for name in names]) for names in course.cuts]
@@ -86,7 +93,14 @@ class UlrCutRule:
                 remedy="rewrite(model, plan, loss=...) and step(x, target=y); for outputs alone, step.eval() or "
                 "torch.no_grad()",
             )
-        return Taken((anchor((inputs[self._values[0][0]],), (), ()),), tuple(inputs), _Memory())
+        sizes = sizes_of(self.noise, len(self.cuts))
+        learning = tuple([cut for cut, size in enumerate(sizes) if size.requires_grad])
+        kept = (*inputs, *(size.detach() for size in sizes))
+        return Taken((anchor((inputs[self._values[0][0]],), (), ()),), kept, _Memory(learning))
+
+    def trainable(self) -> tuple[Tensor, ...]:
+        """The learnt standard deviations, cut by cut."""
+        return tuple([size for size in sizes_of(self.noise, len(self.cuts)) if size.requires_grad])
 
     def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """Gradients of the values at the cuts; the cotangent of the loss is the objective's, the anchor's is ignored.
@@ -101,13 +115,14 @@ class UlrCutRule:
         if not all(value.numel() for value in tail.values):
             return self._divided(tail, [torch.zeros_like(value) for value in tail.values], needed)
         first = memory.settings is None
+        learnt = self._learnt(tail, taken)
         if first:
-            memory.settings = self._settle(call, tail)
+            memory.settings = self._settle(call, tail, learnt)
         settings = memory.settings
         assert settings is not None
         found = self._estimates(call, tail, settings, "", "probes")
-        if first and self.options.sigma == "auto":
-            self._enlarge(call, tail, found, settings)
+        if first and self.options.sigma in ("auto", "learned"):
+            self._resize(call, tail, found, settings, learnt)
         self._judge(call, tail, found, first)
         if first and self._counters["backwards"] % EVERY == 1:
             again = self._estimates(call, tail, settings, "quality", "quality")
@@ -115,7 +130,11 @@ class UlrCutRule:
                 cut.halves.record(a.gradient, b.gradient, own.copies)
             if self.quality is not None:
                 self.history.append(call.key.forward, self.quality)
-        return self._divided(tail, [each.gradient for each in found], needed)
+        gradients = self._divided(tail, [each.gradient for each in found], needed)
+        sizes = [
+            size_gradient(learnt[cut], found[cut].sizes, settings[cut].held, tail.scale) for cut in memory.learning
+        ]
+        return (*gradients[: len(gradients) - len(sizes)], *sizes)
 
     def exact(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """As `backward`, by ordinary differentiation of the clean tail; zero or None where it has no derivative."""
@@ -138,11 +157,20 @@ class UlrCutRule:
         assert call.objective is not None
         return NoisyTail(self.course, taken.tensors, call.objective, self.options.max_rows)
 
-    def _settle(self, call: Call, tail: NoisyTail) -> list[Settings]:
+    def _learnt(self, tail: NoisyTail, taken: Taken) -> list[Learnt]:
+        """For each cut, where its noise is learnt: log_sigma as it was in forward, and the channel of each element."""
+        if self.noise is None:
+            return [None] * len(self.cuts)
+        sizes = taken.tensors[-len(self.cuts) :]
+        return [(size, channels_of(tail.shapes(cut)).to(size.device)) for cut, size in enumerate(sizes)]
+
+    def _settle(self, call: Call, tail: NoisyTail, learnt: Sequence[Learnt]) -> list[Settings]:
         """Copies and noise of a forward's first backward, once the tail is seen to treat rows alone."""
         counters = self._counters
         counters["backwards"] += 1
-        settings = [cut.settle(value) for cut, value in zip(self.cuts, tail.values, strict=True)]
+        if self.options.across == "neyman":
+            share_copies(self.cuts, self.facts.costs, self.options.antithetic)
+        settings = [cut.settle(value, own) for cut, value, own in zip(self.cuts, tail.values, learnt, strict=True)]
         if counters["proofs"] < _PROOFS and not self.facts.noisy and tail.clean.isfinite().all():
             counters["proofs"] += 1
             generator = torch.Generator().manual_seed(call.key.forward)
@@ -161,17 +189,19 @@ class UlrCutRule:
 
     def _estimation(self, call: Call, tail: NoisyTail, cut: int, settings: Settings, name: str) -> Estimation:
         key = call.key.named(f"cut{cut}{name}")
-        return self.cuts[cut].estimation(tail.values[cut], tail.clean, call.rank * tail.rows, settings, key)
+        doubts = tail.doubts if self.options.allocation == "doubt" else None
+        return self.cuts[cut].estimation(tail.values[cut], tail.clean, call.rank * tail.rows, settings, key, doubts)
 
-    def _enlarge(self, call: Call, tail: NoisyTail, found: list[Found], settings: list[Settings]) -> None:
-        """Again with larger noise where, and while, copies are not told apart."""
-        for number, cut in enumerate(self.cuts):
-            while not resolved(found[number], _rounding(call, tail)) and cut.size.grow():
-                log.info("%s: the losses of copies hardly differ; noise of %.2g", call.region, cut.size.typical)
-                settings[number] = Settings(settings[number].copies, cut.size.value(tail.values[number]))
-                again = {number: self._estimation(call, tail, number, settings[number], "")}
-                (found[number],) = _together(tail, again)
-                self._spend(call.region, tail, "step_size")
+    def _resize(
+        self, call: Call, tail: NoisyTail, found: list[Found], settings: list[Settings], learnt: Sequence[Learnt]
+    ) -> None:
+        def again(number: int) -> Found:
+            settings[number] = self.cuts[number].sized(tail.values[number], learnt[number])
+            (only,) = _together(tail, {number: self._estimation(call, tail, number, settings[number], "")})
+            self._spend(call.region, tail, "step_size")
+            return only
+
+        resize(self.cuts, found, settings, _rounding(call, tail), again)
 
     def _judge(self, call: Call, tail: NoisyTail, found: Sequence[Found], first: bool) -> None:
         failed = sum(each.failed for each in found)
@@ -226,6 +256,7 @@ class UlrCutRule:
         quality = self.quality
         rows = [cut.rows_per_backward for cut in self.cuts]
         copies = sorted({cut.copies for cut in self.cuts})
+        low, high = zip(*(cut.size.range for cut in self.cuts), strict=True)
         return {
             "rule": "ulr-cut",
             "cuts": len(self.cuts),
@@ -233,6 +264,8 @@ class UlrCutRule:
             "width": self.cuts[0].width,
             "copies": " to ".join(map(str, (copies[0], copies[-1])[: len(copies)])),
             "sigma": self.cuts[0].size.typical if quality else None,
+            "learned": (min(low), max(high)) if self.options.sigma == "learned" else None,
+            "across": self.options.across,
             "directions": self.options.directions,
             "antithetic": self.options.antithetic,
             "baseline": self.options.baseline_for(copies[0]),

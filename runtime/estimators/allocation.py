@@ -52,6 +52,42 @@ def copy_counts(norms: Array, copies: int, floor: int = 2, even: bool = False) -
     return unit * integer_counts(norms, rows * share, min(least, share), rows * share)
 
 
+def cut_counts(noises: Array, costs: Array, budget: float, floor: int = 2, even: bool = False) -> Array:
+    """Copies for each cut of a chain, (n,) int64, in proportion to sqrt(noise / cost), at least `floor` each.
+
+    noises: (n,), variance of an estimate from one copy; costs: (n,), of one copy. The sum of counts x costs does not
+    exceed `budget`, nor does it leave out a copy that still fits. even: whole pairs. Where the floors alone cost more,
+    they are what is returned; where nothing is known of any cut, all get the same. The variance sum_s noise_s / K_s is
+    least so (Neyman 1934, with costs).
+    """
+    unit = 2 if even else 1
+    least = unit * -(-floor // unit)
+    sound = np.where(np.isfinite(noises) & (noises > 0), noises, 0.0).astype(np.float64)
+    wanted = np.sqrt(sound / costs) if sound.any() else np.ones(len(costs))
+    counts = np.full(len(costs), least, dtype=np.int64)
+    free = np.ones(len(costs), dtype=bool)
+    while free.any():  # the others share what cuts at the floor leave
+        rest = budget - float(counts[~free] @ costs[~free])
+        spent = float(wanted[free] @ costs[free])
+        share = wanted * (rest / spent if spent > 0 else 0.0)
+        below = free & (share < least)
+        if not below.any():
+            counts[free] = share[free] // unit * unit
+            break
+        free &= ~below
+    return _topped_up(counts, wanted**2 * costs, costs, budget, unit)
+
+
+def _topped_up(counts: Array, noises: Array, costs: Array, budget: float, unit: int) -> Array:
+    """Counts with what the budget still holds, one copy or pair at a time, to where it lowers the variance most."""
+    while True:
+        fits = counts @ costs + unit * costs <= budget * (1 + 1e-12)
+        if not fits.any():
+            return counts
+        gain = noises / counts - noises / (counts + unit)
+        counts[np.argmax(np.where(fits, gain / costs, -1.0))] += unit
+
+
 def pilot_norms(products: Array, shrinkage: float = 0.25) -> Array:
     """Lengths of rows' gradients from a pilot's split halves, drawn towards the batch's mean square.
 

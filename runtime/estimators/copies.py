@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from rewriter.runtime.random import Key
 from .allocation import copy_counts, pilot_norms
 from .arrays import Array
 from .cut_options import CutOptions
-from .likelihood_ratio import row_gradients
+from .likelihood_ratio import row_gradients, size_gradients
 from .noise import draw_noise
 from .precision import full_precision
 
@@ -42,7 +42,8 @@ class Batch:
 @dataclass
 class Found:
     """gradient: (rows, width); spread, size: mean squares of the copies' differences from the clean losses and of the
-    losses; changed: share of copies whose loss differs; failed, total: copies without a finite loss, and all."""
+    losses; changed: share of copies whose loss differs; failed, total: copies without a finite loss, and all; sizes:
+    (width,), gradient in the logarithm of sigma, summed over rows, where that is learnt."""
 
     gradient: Tensor
     spread: float = 0.0
@@ -50,6 +51,7 @@ class Found:
     changed: float = 0.0
     failed: int = 0
     total: int = 0
+    sizes: Tensor | None = None
 
 
 def estimate(batch: Batch, options: CutOptions, copies: int, key: Key) -> Estimation:
@@ -69,7 +71,7 @@ def estimate(batch: Batch, options: CutOptions, copies: int, key: Key) -> Estima
     rest = yield from _of_counts(batch, options, counts, key.named("rest"))
     share = pilot / copies
     gradient = share / 2 * (halves[0].gradient + halves[1].gradient) + (1 - share) * rest.gradient
-    return _joined(gradient, [*halves, rest])
+    return _joined(gradient, [*halves, rest], [share / 2, share / 2, 1 - share])
 
 
 def estimate_by(batch: Batch, options: CutOptions, copies: int, key: Key, norms: Array) -> Estimation:
@@ -77,13 +79,18 @@ def estimate_by(batch: Batch, options: CutOptions, copies: int, key: Key, norms:
     return (yield from _of_counts(batch, options, copy_counts(norms, copies, even=options.antithetic), key))
 
 
-def _joined(gradient: Tensor, parts: list[Found]) -> Found:
+def _joined(gradient: Tensor, parts: list[Found], shares: Sequence[float] | None = None) -> Found:
+    """shares: with which parts that estimate the same are mixed; without them they are of different rows."""
     total = sum(part.total for part in parts)
 
     def mean(name: str) -> float:
         return float(sum(getattr(part, name) * part.total for part in parts) / total)
 
-    return Found(gradient, mean("spread"), mean("size"), mean("changed"), sum(part.failed for part in parts), total)
+    failed = sum(part.failed for part in parts)
+    weighed = zip(parts, shares or [1.0] * len(parts), strict=True)
+    sizes = [share * part.sizes for part, share in weighed if part.sizes is not None]
+    learnt = torch.stack(sizes).sum(0) if sizes else None
+    return Found(gradient, mean("spread"), mean("size"), mean("changed"), failed, total, learnt)
 
 
 def _of_counts(batch: Batch, options: CutOptions, counts: Array, key: Key) -> Estimation:
@@ -125,6 +132,7 @@ def _some(
     clean = batch.clean[source]
     valid = existing & (losses.isfinite() | ~clean.isfinite()[:, None])
     into[source] = _gradients(losses, clean, noise, batch.sigma, options, most, valid).to(into.dtype)
+    learns = options.sigma == "learned"
     total = int(counts[rows].sum())
     differences = torch.where(valid, losses - clean[:, None], 0).double()
     return Found(
@@ -134,6 +142,7 @@ def _some(
         changed=float((differences != 0).sum()) / total,
         failed=int((existing & ~valid).sum()),
         total=total,
+        sizes=_sizes(losses, clean, noise, options, most, valid) if learns else None,
     )
 
 
@@ -157,6 +166,20 @@ def _gradients(
         valid=valid,
         antithetic=options.antithetic,
     )
+
+
+@full_precision
+def _sizes(losses: Tensor, clean: Tensor, noise: Tensor, options: CutOptions, copies: int, valid: Tensor) -> Tensor:
+    found = size_gradients(
+        losses,
+        clean,
+        noise,
+        directions=options.directions,
+        baseline=options.baseline_for(copies),
+        valid=valid,
+        antithetic=options.antithetic,
+    )
+    return found.nan_to_num(0, 0, 0).sum(0)  # a row that has diverged says nothing of sizes
 
 
 def _noise(batch: Batch, options: CutOptions, key: Key, copies: int, rows: Array) -> Tensor:

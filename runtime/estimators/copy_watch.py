@@ -15,9 +15,9 @@ _COARSE = 1e-4  # relative rounding of low precision
 _SHARE = 0.05  # of the newest backward in the running shares
 
 
-def resolved(found: Found, rounding: float) -> bool:
+def resolved(found: Found, rounding: float, margin: float = 1.0) -> bool:
     """Whether copies' losses differ by more than what computed them rounds (root mean squares, relative rounding)."""
-    return found.spread > (_RESOLVED * rounding) ** 2 * found.size
+    return found.spread > (margin * _RESOLVED * rounding) ** 2 * found.size
 
 
 class CopyWatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.random import Key
 
-from .copies import Batch, Estimation, estimate, estimate_by
-from .copy_watch import CopyWatch
+from .allocation import cut_counts
+from .copies import Batch, Estimation, Found, estimate, estimate_by
+from .copy_watch import CopyWatch, resolved
 from .cut_options import CutOptions
 from .noise import check_noise, relative_variance
 from .noise_size import NoiseSize
@@ -24,6 +26,7 @@ log = logging.getLogger("rewriter.runtime")
 
 _FIRST_COPIES = 8
 _MOST_COPIES = 256
+_APART = 4.0  # times what copies should differ by: half the noise would still do, twice over
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Settings:
 
     copies: int
     sigma: float | Tensor
+    held: Tensor | None = None  # learnt ones: as `NoiseSize.bounded` says
 
 
 class CutEstimator:
@@ -45,14 +49,22 @@ class CutEstimator:
         self.size = NoiseSize(options.sigma)
         self.halves = SplitHalf()
         self.watch = CopyWatch()
-        self._counters = {"copies": 0, "width": 0, "rows": 0}
+        self._counters = {"copies": 0, "width": 0, "rows": 0, "assigned": 0}
 
-    def settle(self, value: Tensor) -> Settings:
-        """Copies and noise for a batch of rows, (rows, width). Raises RewriteError where they do not fit the width."""
+    def assign(self, copies: int) -> None:
+        """So many of a row from now on, in place of `wanted`: the chain's budget is shared by what is measured."""
+        self._counters["assigned"] = copies
+
+    def settle(self, value: Tensor, learnt: tuple[Tensor, Tensor] | None = None) -> Settings:
+        """Copies and noise for a batch of rows, (rows, width). Raises RewriteError where they do not fit the width.
+
+        learnt: logarithms of standard deviations, (channels,), and the channel of each element, (width,).
+        """
         rows, width = value.shape
         self._counters["rows"], self._counters["width"] = rows, width
         self.size.observe(value)
-        sigma = self.size.value(value)
+        settings = self.sized(value, learnt)
+        sigma = settings.sigma
         if isinstance(sigma, Tensor) and sigma.shape != (width,):
             raise RewriteError(
                 f"sigma has {len(sigma)} numbers for {width} elements of a row at the cut",
@@ -64,19 +76,41 @@ class CutEstimator:
             self._counters["copies"] = copies
             log.info("%s: %d copies of each row", self.label, copies)
         check_noise(self.options.directions, copies, width, self.options.antithetic)
-        return Settings(copies, sigma)
+        return settings
 
-    def estimation(self, value: Tensor, clean: Tensor, first_row: int, settings: Settings, key: Key) -> Estimation:
-        """Of the gradient at `value`, (rows, width); clean: (rows,), the losses there; first_row: among all ranks'."""
+    def sized(self, value: Tensor, learnt: tuple[Tensor, Tensor] | None) -> Settings:
+        """As `settle`, of a batch that it has seen: with the noise of now."""
+        if learnt is None:
+            return Settings(self.copies, self.size.value(value))
+        sigma, held = self.size.bounded(learnt[0])
+        return Settings(self.copies, sigma.to(value)[learnt[1].to(value.device)], held)
+
+    def estimation(
+        self,
+        value: Tensor,
+        clean: Tensor,
+        first_row: int,
+        settings: Settings,
+        key: Key,
+        doubts: Tensor | None = None,
+    ) -> Estimation:
+        """Of the gradient at `value`, (rows, width); clean: (rows,), the losses there; first_row: among all ranks'.
+
+        doubts: (rows,), what allocation="doubt" goes by.
+        """
         batch = Batch(value, clean, first_row, settings.sigma)
-        if self.options.allocation != "doubt":
+        if doubts is None:
             return estimate(batch, self.options, settings.copies, key)
-        # 1 - exp(-loss), the loss in units in which the rows' add up to their number times the mean.
-        losses = clean.double().cpu().numpy() * len(clean)
-        return estimate_by(batch, self.options, settings.copies, key, -np.expm1(-np.maximum(losses, 0.0)))
+        norms = doubts.double().cpu().numpy()
+        return estimate_by(batch, self.options, settings.copies, key, norms)
 
     @property
     def copies(self) -> int:
+        """Of a row, on average: as assigned, or as wanted."""
+        return self._counters["assigned"] or self.wanted
+
+    @property
+    def wanted(self) -> int:
         """Of a row, on average: as given, or from measured noise and costs."""
         if isinstance(self.options.copies, int):
             return self.options.copies
@@ -126,3 +160,42 @@ class CutEstimator:
         self.halves.set_state(state["halves"])
         self.watch.set_state(state["watch"])
         self._counters.update(state["counters"])
+
+
+def share_copies(cuts: Sequence[CutEstimator], costs: Sequence[float], even: bool) -> None:
+    """Assigns the copies of a chain's cuts by the noise of each, at no more cost than those they want have in all.
+
+    costs: of one copy at each cut. Until the noise of all is measured, each has what it wants.
+    """
+    wanted, units = np.array([cut.wanted for cut in cuts]), np.array(costs)
+    known = all(cut.halves.measurements for cut in cuts)
+    noises = np.array([cut.halves.noise for cut in cuts])
+    counts = cut_counts(noises, units, float(wanted @ units), even=even) if known else wanted
+    for cut, copies in zip(cuts, counts, strict=True):
+        cut.assign(int(copies))
+
+
+def resize(
+    cuts: Sequence[CutEstimator],
+    found: list[Found],
+    settings: list[Settings],
+    rounding: float,
+    again: Callable[[int], Found],
+) -> None:
+    """More noise where, and while, copies are not told apart; less where they long have been, in later backwards.
+
+    found, settings: of each cut, replaced in place; again(cut): settles with the noise of now and estimates. A cut that
+    even the largest noise leaves silent while another is heard goes back to its own: what is kept from there has
+    faded, and smoothing does not bring it back.
+    """
+    before = list(zip(found, settings, strict=True))
+    for number, cut in enumerate(cuts):
+        while not resolved(found[number], rounding) and cut.size.grow():
+            found[number] = again(number)
+            log.info("%s: the losses of copies hardly differ; noise of %.2g", cut.label, cut.size.typical)
+    heard = [resolved(each, rounding) for each in found]
+    for number, cut in enumerate(cuts):
+        if any(heard) and not heard[number] and cut.size.grown:
+            found[number], settings[number] = before[number]
+            cut.size.shrink()
+        cut.size.rest(resolved(found[number], rounding, _APART))

@@ -10,6 +10,7 @@ from .baselines import BASELINES, check_baseline
 from .noise import KINDS
 
 ALLOCATIONS = ("uniform", "doubt", "norm")
+ACROSS = ("uniform", "neyman")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class CutOptions:
     baseline: str = "auto"
     antithetic: bool = False
     allocation: str = "uniform"
+    across: str = "uniform"
     max_rows: int | None = None
     max_failed: float = 0.5
 
@@ -32,14 +34,15 @@ class CutOptions:
             raise _refused("copies", self.copies, "an even number, as antithetic copies come in pairs")
         if self.max_rows is not None and not _is_count(self.max_rows, 1):
             raise _refused("max_rows", self.max_rows, "a whole number from 1")
-        if self.sigma != "auto":
-            numbers = self.sigma if isinstance(self.sigma, Sequence) else [self.sigma]
-            if isinstance(self.sigma, str) or not all(map(_is_positive, numbers)):
-                raise _refused("sigma", self.sigma, 'a positive number, one for each element of a row, or "auto"')
+        numbers = self.sigma if isinstance(self.sigma, Sequence) else [self.sigma]
+        if self.sigma not in ("auto", "learned") and not all(map(_is_positive, numbers)):
+            expected = 'a positive number, one for each element of a row, "auto" or "learned"'
+            raise _refused("sigma", self.sigma, expected)
         for name, known in (
             ("directions", KINDS),
             ("baseline", ("auto", *BASELINES)),
             ("allocation", ALLOCATIONS),
+            ("across", ACROSS),
             ("antithetic", (False, True)),
         ):
             if getattr(self, name) not in known:
@@ -47,8 +50,10 @@ class CutOptions:
         if not 0 <= self.max_failed <= 1:
             raise _refused("max_failed", self.max_failed, "a number from 0 to 1")
         check_baseline(self.baseline, self.directions)
-        if self.directions == "sobol" and self.allocation != "uniform":
-            raise _refused("allocation", self.allocation, '"uniform", as parts of a Sobol set are no Sobol sets')
+        uneven = [name for name in ("allocation", "across") if getattr(self, name) != "uniform"]
+        if self.directions == "sobol" and uneven:
+            expected = '"uniform", as parts of a Sobol set are no Sobol sets'
+            raise _refused(uneven[0], getattr(self, uneven[0]), expected)
 
     def baseline_for(self, copies: int) -> str:
         """What "auto" means: the mean of the other copies where there are some, as it suits discontinuous losses too.

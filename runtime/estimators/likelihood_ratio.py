@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .baselines import weights
-from .noise import score
+from .noise import score, size_score
 
 
 def row_gradients(
@@ -32,6 +32,27 @@ def row_gradients(
     found = weights(baseline, losses, clean, valid, noise.square().sum(2), antithetic)
     gradient = (found.to(noise.dtype).unsqueeze(1) @ score(directions, noise)).squeeze(1) / sigma
     return gradient if control is None else gradient + control
+
+
+def size_gradients(
+    losses: Tensor,
+    clean: Tensor,
+    noise: Tensor,
+    *,
+    directions: str,
+    baseline: str,
+    valid: Tensor,
+    antithetic: bool = False,
+) -> Tensor:
+    """Estimates, (rows, width), of the gradient of F(z) = E f(z + sigma e) in the logarithm of each entry's sigma.
+
+    Arguments as those of `row_gradients`. mean_k (f_k - b_k) (e_k^2 - 1), unbiased. Directions of an orthogonal block
+    say something about each other's squares, so that the loss without noise takes the place of other copies there.
+    """
+    if directions == "orthogonal" and baseline != "none":
+        baseline = "clean"
+    found = weights(baseline, losses, clean, valid, noise.square().sum(2), antithetic)
+    return (found.to(noise.dtype).unsqueeze(1) @ size_score(directions, noise)).squeeze(1)
 
 
 def along(direction: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:

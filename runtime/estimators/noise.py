@@ -61,6 +61,11 @@ def score(kind: str, noise: torch.Tensor) -> torch.Tensor:
     return noise.sign() * math.sqrt(2) if kind == "laplace" else noise
 
 
+def size_score(kind: str, noise: torch.Tensor) -> torch.Tensor:
+    """Derivative of log density in the logarithm of each entry's sigma: e^2 - 1, of Laplace noise sqrt(2) |e| - 1."""
+    return (noise.abs() * math.sqrt(2) if kind == "laplace" else noise.square()) - 1
+
+
 def check_noise(kind: str, copies: int, width: int, antithetic: bool = False) -> None:
     """Raises RewriteError for an odd number of antithetic copies, and where a Sobol set would do harm."""
     if antithetic and copies % 2:
