@@ -85,6 +85,8 @@ class UlrCut(Entry):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.sigma, list):
+            object.__setattr__(self, "sigma", tuple(self.sigma))  # entries can be hashed
         self._options()
         if self.every is not None and not is_count(self.every):
             raise RewriteError(

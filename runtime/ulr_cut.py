@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import RewriteError
 from .estimators.copies import Estimation, Found
-from .estimators.cut_estimator import CutEstimator, Settings, resize, share_copies
+from .estimators.cut_estimator import CutEstimator, Settings, resize, share_copies, share_signal
 from .estimators.cut_options import CutOptions
 from .estimators.quality import EVERY, History, ParameterCosine, Quality, cosine_of
 from .learned_noise import channels_of, size_gradient, sizes_of
@@ -168,6 +168,7 @@ class UlrCutRule:
         """Copies and noise of a forward's first backward, once the tail is seen to treat rows alone."""
         counters = self._counters
         counters["backwards"] += 1
+        share_signal(self.cuts)
         if self.options.across == "neyman":
             share_copies(self.cuts, self.facts.costs, self.options.antithetic)
         settings = [cut.settle(value, own) for cut, value, own in zip(self.cuts, tail.values, learnt, strict=True)]

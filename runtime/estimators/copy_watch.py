@@ -11,13 +11,14 @@ from .copies import Found
 
 _SILENT_LIMIT = 20  # consecutive backwards in which no copy's loss differed
 _RESOLVED = 30.0  # roundings of the loss that the differences between copies should exceed
-_COARSE = 1e-4  # relative rounding of low precision
+_COARSE = 1e-4  # relative rounding of low precision: of the tail then, not of the loss's sums, and one must do
 _SHARE = 0.05  # of the newest backward in the running shares
 
 
 def resolved(found: Found, rounding: float, margin: float = 1.0) -> bool:
     """Whether copies' losses differ by more than what computed them rounds (root mean squares, relative rounding)."""
-    return found.spread > (margin * _RESOLVED * rounding) ** 2 * found.size
+    roundings = _RESOLVED if rounding < _COARSE else 1.0
+    return found.spread > (margin * roundings * rounding) ** 2 * found.size
 
 
 class CopyWatch:

@@ -49,6 +49,7 @@ class CutEstimator:
         self.size = NoiseSize(options.sigma)
         self.halves = SplitHalf()
         self.watch = CopyWatch()
+        self.signal: float | None = None  # of all cuts of the chain; None where this is the only one
         self._counters = {"copies": 0, "width": 0, "rows": 0, "assigned": 0}
 
     def assign(self, copies: int) -> None:
@@ -114,7 +115,7 @@ class CutEstimator:
         """Of a row, on average: as given, or from measured noise and costs."""
         if isinstance(self.options.copies, int):
             return self.options.copies
-        known = self.halves.best_copies(self.ratio, 4, _MOST_COPIES)
+        known = self.halves.best_copies(self.ratio, 4, _MOST_COPIES, self.signal)
         return _FIRST_COPIES if known is None else known // 2 * 2
 
     @property
@@ -160,6 +161,14 @@ class CutEstimator:
         self.halves.set_state(state["halves"])
         self.watch.set_state(state["watch"])
         self._counters.update(state["counters"])
+
+
+def share_signal(cuts: Sequence[CutEstimator]) -> None:
+    """Lets each cut of a chain know the signal of all: where one has faded, more copies there would buy nothing."""
+    if len(cuts) > 1 and all(cut.halves.measurements for cut in cuts):
+        total = sum(max(cut.halves.signal, 0.0) for cut in cuts)
+        for cut in cuts:
+            cut.signal = total
 
 
 def share_copies(cuts: Sequence[CutEstimator], costs: Sequence[float], even: bool) -> None:

@@ -34,8 +34,9 @@ class CutOptions:
             raise _refused("copies", self.copies, "an even number, as antithetic copies come in pairs")
         if self.max_rows is not None and not _is_count(self.max_rows, 1):
             raise _refused("max_rows", self.max_rows, "a whole number from 1")
-        numbers = self.sigma if isinstance(self.sigma, Sequence) else [self.sigma]
-        if self.sigma not in ("auto", "learned") and not all(map(_is_positive, numbers)):
+        numbers = self.sigma if isinstance(self.sigma, list | tuple) else [self.sigma]
+        named = isinstance(self.sigma, str) and self.sigma in ("auto", "learned")
+        if not named and not (numbers and all(map(_is_positive, numbers))):
             expected = 'a positive number, one for each element of a row, "auto" or "learned"'
             raise _refused("sigma", self.sigma, expected)
         for name, known in (
@@ -50,6 +51,10 @@ class CutOptions:
         if not 0 <= self.max_failed <= 1:
             raise _refused("max_failed", self.max_failed, "a number from 0 to 1")
         check_baseline(self.baseline, self.directions)
+        if self.directions == "sobol" and self.copies == "auto":
+            raise _refused(
+                "copies", self.copies, "a number, at least 16 for each element of a row: Sobol sets want many"
+            )
         uneven = [name for name in ("allocation", "across") if getattr(self, name) != "uniform"]
         if self.directions == "sobol" and uneven:
             expected = '"uniform", as parts of a Sobol set are no Sobol sets'
@@ -70,7 +75,7 @@ def _is_count(value: object, least: int) -> bool:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def _refused(name: str, value: object, expected: str) -> RewriteError:

@@ -37,17 +37,18 @@ class SplitHalf:
         """Of an estimate from that many copies with the gradient; None before the first measurement."""
         return cosine_of(self.signal, self.noise / copies) if self.measurements else None
 
-    def best_copies(self, cost_ratio: float, least: int, most: int) -> int | None:
+    def best_copies(self, cost_ratio: float, least: int, most: int, signal: float | None = None) -> int | None:
         """sqrt(noise / signal x cost_ratio), within bounds: copies with which a step's cost buys most.
 
-        cost_ratio: cost of a step without copies in units of one copy. Rows are taken to differ as much as they are
-        long; None before the first measurement.
+        cost_ratio: cost of a step without copies in units of one copy; signal: of all cuts of the chain together, where
+        there are several. Rows are taken to differ as much as they are long; None before the first measurement.
         """
         if not self.measurements:
             return None
-        if self.signal <= 0:
+        signal = self.signal if signal is None else signal
+        if signal <= 0:
             return most
-        return max(least, min(most, round(math.sqrt(self.noise / self.signal * cost_ratio))))
+        return max(least, min(most, round(math.sqrt(self.noise / signal * cost_ratio))))
 
     def get_state(self) -> dict[str, Any]:
         """Numbers."""
