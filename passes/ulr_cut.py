@@ -46,7 +46,10 @@ class UlrCut(Entry):
         of an `nn.RNN`, `nn.GRU` or `nn.LSTM`. Only what hands the state on is cut: losses within a sub-chain are
         differentiated exactly, and the last sub-chain whole.
     allocation: "uniform"; "doubt": more copies for rows with a larger 1 - exp(-loss), which is 1 - p_y for a mean
-        cross-entropy; "norm": for rows whose gradient a pilot (a quarter of the copies, which count) finds longer.
+        cross-entropy; "running": for rows whose losses' ranks had longer gradients in earlier batches, under any loss;
+        "norm": for rows whose gradient a pilot (a quarter of the copies, which count) finds longer, which gives up
+        what orthogonal directions gain near as many copies as elements; "gaussian", "bernoulli": FLOPS's learned
+        policies, for comparison.
     max_rows: rows of one evaluation (memory); max_failed: share of copies without a finite loss that is tolerated.
 
     Parameters before the cut get the gradient of the loss smoothed over the noise, without bias; those behind it the

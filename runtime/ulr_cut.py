@@ -58,8 +58,9 @@ class UlrCutRule:
     value's running deviation, more where the losses do not resolve it. directions: "orthogonal", "gaussian", "laplace",
     "sobol". baseline: "none", "clean", "leave-one-out", "constant", or "auto". antithetic: copies come in pairs of
     opposite noise. allocation: "uniform"; "doubt", in proportion to 1 - exp(-loss of the row), which is 1 - p_y for a
-    mean cross-entropy; "norm", by a pilot that is part of the copies. max_rows: of one evaluation; max_failed: share of
-    copies without a finite loss above which it raises. Unbiased for the loss smoothed over the noise; linear in the
+    mean cross-entropy; "norm", by a pilot that is part of the copies; "running", by what earlier batches say of rows
+    whose loss has that rank; "gaussian", "bernoulli": FLOPS's policies. max_rows: of one evaluation; max_failed: share
+    of copies without a finite loss above which it raises. Unbiased for the loss smoothed over the noise; linear in the
     loss's cotangent. Each cut has its own noise, one at a time; copies of all join one evaluation of the chain.
     """
 
@@ -109,6 +110,10 @@ class UlrCutRule:
         if first and self.options.sigma == "auto":
             self._enlarge(call, tail, found, settings)
         self._judge(call, tail, found, first)
+        if first:
+            for number, each in enumerate(found):
+                key = call.key.named(f"cut{number}")
+                self.cuts[number].learn(tail.clean, call.rank * tail.rows, settings[number], key, each)
         if first and self._counters["backwards"] % EVERY == 1:
             again = self._estimates(call, tail, settings, "quality", "quality")
             for cut, own, a, b in zip(self.cuts, settings, found, again, strict=True):
@@ -168,7 +173,7 @@ class UlrCutRule:
         for number, cut in enumerate(self.cuts):
             while not resolved(found[number], _rounding(call, tail)) and cut.size.grow():
                 log.info("%s: the losses of copies hardly differ; noise of %.2g", call.region, cut.size.typical)
-                settings[number] = Settings(settings[number].copies, cut.size.value(tail.values[number]))
+                settings[number] = replace(settings[number], sigma=cut.size.value(tail.values[number]))
                 again = {number: self._estimation(call, tail, number, settings[number], "")}
                 (found[number],) = _together(tail, again)
                 self._spend(call.region, tail, "step_size")

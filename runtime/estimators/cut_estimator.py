@@ -12,9 +12,11 @@ from torch import Tensor
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.random import Key
 
-from .copies import Batch, Estimation, estimate, estimate_by
+from .arrays import Array
+from .copies import Batch, Estimation, Found, counts_by, estimate, estimate_by
 from .copy_watch import CopyWatch
 from .cut_options import CutOptions
+from .learned_allocation import LEARNED
 from .noise import check_noise, relative_variance
 from .noise_size import NoiseSize
 from .quality import Quality
@@ -28,10 +30,14 @@ _MOST_COPIES = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """What one backward used and a second one through the same forward uses again."""
+    """What one backward used and a second one through the same forward uses again.
+
+    parameters: of the allocator, where one learns.
+    """
 
     copies: int
     sigma: float | Tensor
+    parameters: Array | None = None
 
 
 class CutEstimator:
@@ -45,6 +51,7 @@ class CutEstimator:
         self.size = NoiseSize(options.sigma)
         self.halves = SplitHalf()
         self.watch = CopyWatch()
+        self.allocator = LEARNED[options.allocation]() if options.allocation in LEARNED else None
         self._counters = {"copies": 0, "width": 0, "rows": 0}
 
     def settle(self, value: Tensor) -> Settings:
@@ -64,16 +71,31 @@ class CutEstimator:
             self._counters["copies"] = copies
             log.info("%s: %d copies of each row", self.label, copies)
         check_noise(self.options.directions, copies, width, self.options.antithetic)
-        return Settings(copies, sigma)
+        return Settings(copies, sigma, None if self.allocator is None else self.allocator.parameters)
 
     def estimation(self, value: Tensor, clean: Tensor, first_row: int, settings: Settings, key: Key) -> Estimation:
         """Of the gradient at `value`, (rows, width); clean: (rows,), the losses there; first_row: among all ranks'."""
         batch = Batch(value, clean, first_row, settings.sigma)
-        if self.options.allocation != "doubt":
+        norms = self._norms(clean, first_row, settings, key)
+        if norms is None:
             return estimate(batch, self.options, settings.copies, key)
-        # 1 - exp(-loss), the loss in units in which the rows' add up to their number times the mean.
-        losses = clean.double().cpu().numpy() * len(clean)
-        return estimate_by(batch, self.options, settings.copies, key, -np.expm1(-np.maximum(losses, 0.0)))
+        return estimate_by(batch, self.options, settings.copies, key, norms)
+
+    def learn(self, clean: Tensor, first_row: int, settings: Settings, key: Key, found: Found) -> None:
+        """What an estimation, given the same, found: once for each forward."""
+        norms = self._norms(clean, first_row, settings, key)
+        if self.allocator is not None and norms is not None:
+            counts = counts_by(norms, self.options, settings.copies, found.gradient.shape[1])
+            self.allocator.learn(_mean_losses(clean), norms, counts, found.squares.cpu().numpy())
+
+    def _norms(self, clean: Tensor, first_row: int, settings: Settings, key: Key) -> Array | None:
+        """What rows' copies are to be in proportion to, known before any of them."""
+        if self.allocator is not None and settings.parameters is not None:
+            return self.allocator.shares(_mean_losses(clean), key.named("shares"), first_row, settings.parameters)
+        if self.options.allocation == "doubt":
+            norms: Array = -np.expm1(-np.maximum(_mean_losses(clean), 0.0))
+            return norms
+        return None
 
     @property
     def copies(self) -> int:
@@ -118,6 +140,7 @@ class CutEstimator:
             "halves": self.halves.get_state(),
             "watch": self.watch.get_state(),
             "counters": self._counters.copy(),
+            **({} if self.allocator is None else {"allocator": self.allocator.get_state()}),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -126,3 +149,11 @@ class CutEstimator:
         self.halves.set_state(state["halves"])
         self.watch.set_state(state["watch"])
         self._counters.update(state["counters"])
+        if self.allocator is not None:
+            self.allocator.set_state(state["allocator"])
+
+
+def _mean_losses(clean: Tensor) -> Array:
+    """In units in which the rows' losses add up to their number times the mean."""
+    losses: Array = clean.double().cpu().numpy() * len(clean)
+    return losses
