@@ -51,8 +51,10 @@ class UlrCut(Entry):
         of an `nn.RNN`, `nn.GRU` or `nn.LSTM`. Only what hands the state on is cut: losses within a sub-chain are
         differentiated exactly, and the last sub-chain whole.
     allocation: "uniform"; "doubt": more copies for rows whose loss has a longer gradient in the model's outputs, which
-        is about 1 - p_y under a cross-entropy; "norm": for rows whose gradient a pilot (a quarter of the copies, which
-        count) finds longer. A running estimate per row is not to be had: rows have no identity from batch to batch.
+        is about 1 - p_y under a cross-entropy; "running": for rows whose losses' ranks had longer gradients in earlier
+        batches, under any loss; "norm": for rows whose gradient a pilot (a quarter of the copies, which count) finds
+        longer, which gives up what orthogonal directions gain near as many copies as elements; "gaussian",
+        "bernoulli": FLOPS's learned policies, for comparison.
     across: of several cuts of a chain, "uniform", or "neyman": in proportion to sqrt(noise / cost) once that is
         measured; `copies` is then the mean, each cut's weighed by what a copy there costs.
     at_once: sub-chains differentiated as one, their rows stacked (memory of so many); "auto": as many as 64 MiB hold.

@@ -63,7 +63,8 @@ class UlrCutRule:
     gradient is returned with the others. directions: "orthogonal", "gaussian", "laplace", "sobol". baseline: "none",
     "clean", "leave-one-out", "constant", or "auto". antithetic: copies come in pairs of opposite noise. allocation:
     "uniform"; "doubt", in proportion to the length of the gradient of a row's loss in the model's outputs; "norm", by a
-    pilot that is part of the copies. across: "uniform", or "neyman": the copies of all cuts in proportion to
+    pilot that is part of the copies; "running", by what earlier batches say of rows whose loss has that rank;
+    "gaussian", "bernoulli": FLOPS's policies. across: "uniform", or "neyman": the copies of all cuts in proportion to
     sqrt(noise / cost), once that is measured. max_rows: of one evaluation; max_failed: share of copies without a finite
     loss above which it raises. Unbiased for the loss smoothed over the noise; linear in the loss's cotangent. Each cut
     has its own noise, one at a time; copies of all join one evaluation of the chain.
@@ -124,6 +125,10 @@ class UlrCutRule:
         if first and self.options.sigma in ("auto", "learned"):
             self._resize(call, tail, found, settings, learnt)
         self._judge(call, tail, found, first)
+        if first:
+            for number, each in enumerate(found):
+                key = call.key.named(f"cut{number}")
+                self.cuts[number].learn(tail.clean, call.rank * tail.rows, settings[number], key, each)
         if first and self._counters["backwards"] % EVERY == 1:
             again = self._estimates(call, tail, settings, "quality", "quality")
             for cut, own, a, b in zip(self.cuts, settings, found, again, strict=True):

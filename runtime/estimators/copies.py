@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rewriter.runtime.random import Key
 
-from .allocation import copy_counts, pilot_norms
+from .allocation import block_counts, copy_counts, pilot_norms, pilot_shares
 from .arrays import Array
 from .cut_options import CutOptions
 from .likelihood_ratio import row_gradients, size_gradients
@@ -41,11 +41,13 @@ class Batch:
 
 @dataclass
 class Found:
-    """gradient: (rows, width); spread, size: mean squares of the copies' differences from the clean losses and of the
-    losses; changed: share of copies whose loss differs; failed, total: copies without a finite loss, and all; sizes:
-    (width,), gradient in the logarithm of sigma, summed over rows, where that is learnt."""
+    """gradient: (rows, width); squares: (rows,), mean squares of a row's copies' differences from its clean loss;
+    spread, size: mean squares of all differences and of the losses; changed: share of copies whose loss differs;
+    failed, total: copies without a finite loss, and all; sizes: (width,), gradient in the logarithm of sigma, summed
+    over rows, where that is learnt."""
 
     gradient: Tensor
+    squares: Tensor
     spread: float = 0.0
     size: float = 0.0
     changed: float = 0.0
@@ -59,27 +61,31 @@ def estimate(batch: Batch, options: CutOptions, copies: int, key: Key) -> Estima
     if options.allocation != "norm" or copies < 8:
         return (yield from _of_counts(batch, options, np.full(batch.rows, copies), key))
     # The pilot says how many copies a row gets, so within a row its estimate may not be weighted by that number:
-    # pilot and rest are mixed in fixed shares, and each is unbiased given the other.
+    # each of the two is unbiased given the parts in which they are mixed.
     pilot = max(4, copies // 4 // 2 * 2)
-    halves = []
-    for half in (0, 1):
-        counts = np.full(batch.rows, pilot // 2)
-        halves.append((yield from _of_counts(batch, options, counts, key.named(f"pilot{half}"))))
-    products = (halves[0].gradient * halves[1].gradient).sum(1)
-    norms = pilot_norms(products.double().nan_to_num().cpu().numpy())
-    counts = copy_counts(norms, copies - pilot, even=options.antithetic)
-    rest = yield from _of_counts(batch, options, counts, key.named("rest"))
-    share = pilot / copies
-    gradient = share / 2 * (halves[0].gradient + halves[1].gradient) + (1 - share) * rest.gradient
-    return _joined(gradient, [*halves, rest], [share / 2, share / 2, 1 - share])
+    first = yield from _of_counts(batch, options, np.full(batch.rows, pilot), key.named("pilot"))
+    squares = first.squares.cpu().numpy()
+    unit = 2 if options.antithetic else 1  # opposite copies say the same of a length
+    norms = pilot_norms(squares, pilot // unit)
+    rest = yield from estimate_by(batch, options, copies - pilot, key.named("rest"), norms)
+    share = torch.from_numpy(pilot_shares(squares, pilot // unit, (copies - pilot) // unit)).to(first.gradient)[:, None]
+    gradient = share * first.gradient + (1 - share) * rest.gradient
+    return _joined(gradient, rest.squares, [first, rest], (pilot / copies, 1 - pilot / copies))
 
 
 def estimate_by(batch: Batch, options: CutOptions, copies: int, key: Key, norms: Array) -> Estimation:
     """`copies` for each row on average, in proportion to what is known of its gradient's length, (rows,)."""
-    return (yield from _of_counts(batch, options, copy_counts(norms, copies, even=options.antithetic), key))
+    return (yield from _of_counts(batch, options, counts_by(norms, options, copies, batch.value.shape[1]), key))
 
 
-def _joined(gradient: Tensor, parts: list[Found], shares: Sequence[float] | None = None) -> Found:
+def counts_by(norms: Array, options: CutOptions, copies: int, width: int) -> Array:
+    """Copies of rows, (n,), from what is known of their gradients' lengths, as the directions ask for."""
+    if options.directions == "orthogonal":
+        return block_counts(norms, copies, width, even=options.antithetic)
+    return copy_counts(norms, copies, even=options.antithetic)
+
+
+def _joined(gradient: Tensor, squares: Tensor, parts: list[Found], shares: Sequence[float] | None = None) -> Found:
     """shares: with which parts that estimate the same are mixed; without them they are of different rows."""
     total = sum(part.total for part in parts)
 
@@ -90,19 +96,19 @@ def _joined(gradient: Tensor, parts: list[Found], shares: Sequence[float] | None
     weighed = zip(parts, shares or [1.0] * len(parts), strict=True)
     sizes = [share * part.sizes for part, share in weighed if part.sizes is not None]
     learnt = torch.stack(sizes).sum(0) if sizes else None
-    return Found(gradient, mean("spread"), mean("size"), mean("changed"), failed, total, learnt)
+    return Found(gradient, squares, mean("spread"), mean("size"), mean("changed"), failed, total, learnt)
 
 
 def _of_counts(batch: Batch, options: CutOptions, counts: Array, key: Key) -> Estimation:
     """Row i from counts[i] copies."""
-    found = Found(torch.zeros_like(batch.value))
+    found = Found(torch.zeros_like(batch.value), batch.clean.new_zeros(batch.rows, dtype=torch.float64))
     parts = []
     for most, rows in _alike(counts):
         step = max(1, _AT_ONCE // (most * batch.value.shape[1]))
         for start in range(0, len(rows), step):
             some = rows[start : start + step]
-            parts.append((yield from _some(batch, options, counts, key, most, some, found.gradient)))
-    return _joined(found.gradient, parts)
+            parts.append((yield from _some(batch, options, counts, key, most, some, found)))
+    return _joined(found.gradient, found.squares, parts)
 
 
 def _alike(counts: Array) -> list[tuple[int, Array]]:
@@ -117,7 +123,7 @@ def _alike(counts: Array) -> list[tuple[int, Array]]:
 
 
 def _some(
-    batch: Batch, options: CutOptions, counts: Array, key: Key, most: int, rows: Array, into: Tensor
+    batch: Batch, options: CutOptions, counts: Array, key: Key, most: int, rows: Array, into: Found
 ) -> Estimation:
     noise = _noise(batch, options, key, most, rows)
     source = torch.from_numpy(rows).to(batch.value.device)
@@ -131,12 +137,14 @@ def _some(
     losses[row, copy] = answered.to(losses.dtype)
     clean = batch.clean[source]
     valid = existing & (losses.isfinite() | ~clean.isfinite()[:, None])
-    into[source] = _gradients(losses, clean, noise, batch.sigma, options, most, valid).to(into.dtype)
+    into.gradient[source] = _gradients(losses, clean, noise, batch.sigma, options, most, valid).to(into.gradient.dtype)
     learns = options.sigma == "learned"
     total = int(counts[rows].sum())
     differences = torch.where(valid, losses - clean[:, None], 0).double()
+    into.squares[source] = differences.square().sum(1) / valid.sum(1).clamp(min=1)
     return Found(
-        into,
+        into.gradient,
+        into.squares,
         spread=float(differences.square().sum()) / total,
         size=float(torch.where(valid, losses, 0).double().square().sum()) / total,
         changed=float((differences != 0).sum()) / total,

@@ -14,9 +14,11 @@ from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.random import Key
 
 from .allocation import cut_counts
-from .copies import Batch, Estimation, Found, estimate, estimate_by
+from .arrays import Array
+from .copies import Batch, Estimation, Found, counts_by, estimate, estimate_by
 from .copy_watch import CopyWatch, resolved
 from .cut_options import CutOptions
+from .learned_allocation import LEARNED
 from .noise import check_noise, relative_variance
 from .noise_size import NoiseSize
 from .quality import Quality
@@ -31,11 +33,15 @@ _APART = 4.0  # times what copies should differ by: half the noise would still d
 
 @dataclass(frozen=True)
 class Settings:
-    """What one backward used and a second one through the same forward uses again."""
+    """What one backward used and a second one through the same forward uses again.
+
+    parameters: of the allocator, where one learns.
+    """
 
     copies: int
     sigma: float | Tensor
     held: Tensor | None = None  # learnt ones: as `NoiseSize.bounded` says
+    parameters: Array | None = None  # of the allocator
 
 
 class CutEstimator:
@@ -50,6 +56,7 @@ class CutEstimator:
         self.halves = SplitHalf()
         self.watch = CopyWatch()
         self.signal: float | None = None  # of all cuts of the chain; None where this is the only one
+        self.allocator = LEARNED[options.allocation]() if options.allocation in LEARNED else None
         self._counters = {"copies": 0, "width": 0, "rows": 0, "assigned": 0}
 
     def assign(self, copies: int) -> None:
@@ -81,10 +88,11 @@ class CutEstimator:
 
     def sized(self, value: Tensor, learnt: tuple[Tensor, Tensor] | None) -> Settings:
         """As `settle`, of a batch that it has seen: with the noise of now."""
+        parameters = None if self.allocator is None else self.allocator.parameters
         if learnt is None:
-            return Settings(self.copies, self.size.value(value))
+            return Settings(self.copies, self.size.value(value), None, parameters)
         sigma, held = self.size.bounded(learnt[0])
-        return Settings(self.copies, sigma.to(value)[learnt[1].to(value.device)], held)
+        return Settings(self.copies, sigma.to(value)[learnt[1].to(value.device)], held, parameters)
 
     def estimation(
         self,
@@ -100,10 +108,23 @@ class CutEstimator:
         doubts: (rows,), what allocation="doubt" goes by.
         """
         batch = Batch(value, clean, first_row, settings.sigma)
-        if doubts is None:
+        norms = self._norms(clean, first_row, settings, key) if doubts is None else doubts.double().cpu().numpy()
+        if norms is None:
             return estimate(batch, self.options, settings.copies, key)
-        norms = doubts.double().cpu().numpy()
         return estimate_by(batch, self.options, settings.copies, key, norms)
+
+    def learn(self, clean: Tensor, first_row: int, settings: Settings, key: Key, found: Found) -> None:
+        """What an estimation, given the same, found: once for each forward."""
+        norms = self._norms(clean, first_row, settings, key)
+        if self.allocator is not None and norms is not None:
+            counts = counts_by(norms, self.options, settings.copies, found.gradient.shape[1])
+            self.allocator.learn(_mean_losses(clean), norms, counts, found.squares.cpu().numpy())
+
+    def _norms(self, clean: Tensor, first_row: int, settings: Settings, key: Key) -> Array | None:
+        """What rows' copies are to be in proportion to, known before any of them."""
+        if self.allocator is None or settings.parameters is None:
+            return None
+        return self.allocator.shares(_mean_losses(clean), key.named("shares"), first_row, settings.parameters)
 
     @property
     def copies(self) -> int:
@@ -153,6 +174,7 @@ class CutEstimator:
             "halves": self.halves.get_state(),
             "watch": self.watch.get_state(),
             "counters": self._counters.copy(),
+            **({} if self.allocator is None else {"allocator": self.allocator.get_state()}),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -161,6 +183,8 @@ class CutEstimator:
         self.halves.set_state(state["halves"])
         self.watch.set_state(state["watch"])
         self._counters.update(state["counters"])
+        if self.allocator is not None:
+            self.allocator.set_state(state["allocator"])
 
 
 def share_signal(cuts: Sequence[CutEstimator]) -> None:
@@ -208,3 +232,9 @@ def resize(
             found[number], settings[number] = before[number]
             cut.size.shrink()
         cut.size.rest(resolved(found[number], rounding, _APART))
+
+
+def _mean_losses(clean: Tensor) -> Array:
+    """In units in which the rows' losses add up to their number times the mean."""
+    losses: Array = clean.double().cpu().numpy() * len(clean)
+    return losses

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from rewriter.runtime.errors import RewriteError
 
 from .baselines import BASELINES, check_baseline
+from .learned_allocation import LEARNED
 from .noise import KINDS
 
-ALLOCATIONS = ("uniform", "doubt", "norm")
+ALLOCATIONS = ("uniform", "doubt", "norm", *LEARNED)
 ACROSS = ("uniform", "neyman")
 
 

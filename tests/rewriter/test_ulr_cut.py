@@ -162,8 +162,10 @@ def test_what_is_kept_does_not_grow_with_copies():
     assert kept[64] <= X.numel() + 2 * 5 * len(X) + 4 * len(X) + 6 * 5 + 5 + 1  # input, tanh, cut, logits, weights
 
 
-@pytest.mark.parametrize("allocation", ["doubt", "norm"])
-@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize(
+    ("allocation", "antithetic"),
+    [("doubt", False), ("norm", True), ("running", False), ("running", True), ("gaussian", False), ("bernoulli", True)],
+)
 def test_allocations_spend_the_same_and_stay_unbiased(allocation, antithetic):
     net = Net()
     with torch.no_grad():
@@ -174,6 +176,33 @@ def test_allocations_spend_the_same_and_stay_unbiased(allocation, antithetic):
     step = cuts.cut(net, entry)
     assert largest_z(step, X, expected, 100) < 4.8
     assert step.ledger["encoder"].probes == 100 * 16 * len(X)
+
+
+@pytest.mark.parametrize("allocation", ["running", "gaussian", "bernoulli"])
+def test_what_is_learnt_of_rows_is_learnt_once_a_forward_and_continues(allocation):
+    def made():
+        return cuts.cut(Net(), UlrCut("encoder", copies=8, allocation=allocation))
+
+    step = made()
+    rule = step.latest.emitted.regions["encoder"].rule
+    for _ in range(3):
+        cuts.gradients(step, X, Y)
+    parameters = [p for name, p in step.named_parameters() if name.startswith("encoder")]
+    before = rule.cuts[0].allocator.parameters
+    loss = step(X, target=Y)
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    learnt = rule.cuts[0].allocator.parameters
+    assert not np.array_equal(learnt, before, equal_nan=True)
+    for a, b in zip(first, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.equal(a, b)
+    assert rule.cuts[0].allocator.parameters is learnt
+    resumed = made()
+    resumed.load_state_dict(step.state_dict())
+    for _ in range(2):
+        found = [cuts.gradients(each, X, Y)[1] for each in (step, resumed)]
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    fresh = cuts.gradients(made(), X, Y)[1]
+    assert not all(torch.equal(fresh[name], found[0][name]) for name in fresh)  # negative control
 
 
 class Argmax(nn.Module):

@@ -1,5 +1,6 @@
-"""Copies per row: exact budgets, unbiased sums, and what Neyman's rule gains; split halves; surrogate gradients."""
+"""Copies per row: exact budgets, unbiased sums, what Neyman's rule and a pilot gain; split halves; surrogates."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,10 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewriter.runtime.estimators.allocation import copy_counts, pilot_norms
+from rewriter.runtime.estimators import copies as copies_module
+from rewriter.runtime.estimators.allocation import (
+    block_counts,
+    block_variance,
+    copy_counts,
+    pilot_norms,
+    pilot_shares,
+)
 from rewriter.runtime.estimators.control import ControlVariate
+from rewriter.runtime.estimators.copies import Batch, estimate, estimate_by
+from rewriter.runtime.estimators.cut_options import CutOptions
 from rewriter.runtime.estimators.likelihood_ratio import along, row_gradients
-from rewriter.runtime.estimators.noise import draw_noise
+from rewriter.runtime.estimators.noise import draw_noise, relative_variance
 from rewriter.runtime.estimators.split_half import SplitHalf
 from rewriter.runtime.random import Key
 
@@ -26,6 +36,19 @@ def test_budgets_are_exact(norms, copies, even):
     assert counts.sum() == len(norms) * copies
     assert counts.min() >= min(2, copies)
     assert not (even and (counts % 2).any())
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths, st.integers(1, 20), st.booleans(), st.integers(1, 12))
+def test_block_budgets_are_exact_and_never_worse_than_equal_shares(norms, copies, even, width):
+    copies, unit, norms = (2 * copies, 2, np.array(norms)) if even else (copies, 1, np.array(norms))
+    counts = block_counts(norms, copies, width, even=even)
+    assert counts.sum() == len(norms) * copies
+    assert counts.min() >= min(2, copies)
+    assert not (even and (counts % 2).any())
+    squares = np.where(np.isfinite(norms), norms, 0.0) ** 2
+    equal = np.full(len(norms), copies // unit)
+    assert squares @ block_variance(counts // unit, width) <= (1 + 1e-12) * (squares @ block_variance(equal, width))
 
 
 def test_nothing_known_is_uniform():
@@ -95,11 +118,130 @@ def test_doubt_of_a_classifier_is_nearly_neyman():
     assert variance(np.full(128, 20)) > 1.5 * oracle
 
 
+@pytest.mark.parametrize("width", [1, 2, 5, 8])
+def test_errors_of_orthogonal_blocks(width):
+    for count in range(1, 4 * width + 2):
+        assert block_variance(np.array([count]), width)[0] == pytest.approx(
+            relative_variance("orthogonal", count, width, "clean")
+        )
+
+
+def test_whole_blocks_are_worth_more_than_their_parts():
+    """As good as trying everything; in proportion, which suits independent noise, loses to equal shares."""
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        norms, width, copies = np.exp(generator.standard_normal(3)), 3, 6
+        shares = [c for c in itertools.product(range(2, 19), repeat=3) if sum(c) == 3 * copies]
+        best = min(float(norms**2 @ block_variance(np.array(each), width)) for each in shares)
+        assert norms**2 @ block_variance(block_counts(norms, copies, width), width) <= 1.05 * best
+    norms = lognormal(0.25)[0]
+    equal = norms**2 @ block_variance(np.full(128, 20), 10)
+    assert norms**2 @ block_variance(block_counts(norms, 20, 10), 10) < 0.98 * equal
+    assert norms**2 @ block_variance(copy_counts(norms, 20), 10) > 1.2 * equal
+
+
+def answered(estimation, gradients):
+    """What an estimation finds on a linear loss with these gradients, (rows, width); and the copies it asked for."""
+    request, asked = next(estimation), 0
+    while True:
+        source, values = request
+        asked += len(source)
+        try:
+            request = estimation.send((values * gradients[source]).sum(1))
+        except StopIteration as stop:
+            return stop.value, asked
+
+
+def estimates(gradients, copies, seed=0, norms=None, **options):
+    """(estimate, copies asked for) of rows at zero: through `estimate`, or `estimate_by` what is known."""
+    rows, width = gradients.shape
+    zero = torch.zeros(rows, width, dtype=torch.float64)
+    batch, chosen = Batch(zero, zero[:, 0].clone(), 0, 0.1), CutOptions(copies=copies, baseline="clean", **options)
+    key = Key(seed, 0, "x")
+    found = estimate(batch, chosen, copies, key) if norms is None else estimate_by(batch, chosen, copies, key, norms)
+    return answered(found, gradients)
+
+
+def spread_gradients(tau, rows=4000, width=6):
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64))
+    return directions * torch.exp(tau * torch.randn(rows, 1, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("directions", ["gaussian", "orthogonal"])
+def test_errors_are_those_the_counts_were_chosen_by(directions):
+    gradients = spread_gradients(1.0, rows=1000)
+    norms = gradients.norm(dim=1).numpy()
+    found, asked = estimates(gradients, 12, norms=norms, directions=directions)
+    assert asked == 12 * len(gradients)
+    counts = block_counts(norms, 12, 6) if directions == "orthogonal" else copy_counts(norms, 12)
+    errors = block_variance(counts, 6) if directions == "orthogonal" else 7 / counts
+    expected = float(norms**2 @ errors)
+    assert float((found.gradient - gradients).square().sum()) == pytest.approx(expected, rel=0.12)
+    assert float((found.squares.numpy() / 0.01 / norms**2).mean()) == pytest.approx(1, rel=0.05)
+
+
+def test_a_pilot_is_charged_and_reused():
+    """Rows alike: as good as equal shares of all copies, which without the pilot's would err 20 / 16 as much."""
+    gradients = spread_gradients(0.0)
+    found, asked = estimates(gradients, 20, allocation="norm", directions="gaussian")
+    assert asked == 20 * len(gradients)
+    error = float((found.gradient - gradients).square().sum() / gradients.square().sum())
+    assert error == pytest.approx(7 / 20, rel=0.05)
+    assert error < 0.9 * 7 / 16
+
+
+def test_a_pilot_pays_where_rows_differ():
+    gradients = spread_gradients(1.0)
+    found, asked = estimates(gradients, 20, allocation="norm", directions="gaussian")
+    same, equal = estimates(gradients, 20, directions="gaussian")
+    assert asked == equal
+    squared = [float((each.gradient - gradients).square().sum()) for each in (found, same)]
+    assert squared[0] < 0.65 * squared[1]
+
+
+def test_a_pilots_part_may_not_depend_on_its_own_row(monkeypatch):
+    """Rows weighted by how many copies the pilot gave them come out short: long estimates get small parts."""
+    gradients = spread_gradients(0.5, rows=2000)
+
+    def slopes():
+        found = torch.stack(
+            [estimates(gradients, 20, s, allocation="norm", directions="gaussian")[0].gradient for s in range(12)]
+        )
+        slope = (found * gradients).sum(2) / gradients.square().sum(1)
+        return abs(float(slope.mean()) - 1) / float(slope.std() / slope.numel() ** 0.5)
+
+    assert slopes() < 4
+    pooled = lambda squares, pilot, rest: pilot / (pilot + copy_counts(pilot_norms(squares, pilot), rest))  # noqa: E731
+    monkeypatch.setattr(copies_module, "pilot_shares", pooled)
+    assert slopes() > 8
+
+
 def test_pilot_norms_are_drawn_towards_the_mean():
-    found = pilot_norms(np.array([-1.0, 1.0, 3.0]))
-    assert found[0] == 0
-    np.testing.assert_allclose(found[1:], [1.0, math.sqrt(0.75 * 3 + 0.25)])
-    assert not pilot_norms(np.array([-1.0, -3.0])).any()
+    """As far as rows differ by no more than the pilot's own noise."""
+    generator = np.random.default_rng(0)
+    noise = generator.chisquare(4, 2000) / 4
+    alike = pilot_norms(noise, 4)
+    assert alike.std() < 0.1 * np.sqrt(noise).std()
+    norms = np.exp(generator.standard_normal(2000))
+    found = pilot_norms(norms**2 * noise, 4)
+    assert np.corrcoef(found, norms)[0, 1] > 0.8
+    assert found.std() > 0.6 * norms.std()
+    for nothing in (np.zeros(3), np.array([1.0, np.nan])):
+        assert not pilot_norms(nothing, 4).any()
+
+
+def test_pilot_shares_read_other_rows_only():
+    squares = np.exp(np.random.default_rng(0).standard_normal(50))
+    shares = pilot_shares(squares, 4, 16)
+    changed = squares.copy()
+    changed[7] *= 100
+    again = pilot_shares(changed, 4, 16)
+    assert again[7] == pytest.approx(shares[7])
+    assert (np.abs(np.delete(again, 7) - np.delete(shares, 7)) > 1e-3).all()
+    assert pilot_shares(np.random.default_rng(0).chisquare(4, 5000), 4, 16) == pytest.approx(0.2, rel=0.05)
+    for unknown in (np.zeros(3), np.ones(1), np.array([1.0, np.nan])):
+        assert pilot_shares(unknown, 4, 16) == pytest.approx(0.2)
 
 
 def test_split_halves_measure_cosine_and_copies():
