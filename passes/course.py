@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,17 +30,18 @@ class Outline:
 
 
 def outline_of(program: Program, cuts: Cuts) -> Outline | Refused:
-    """Stages by the order of the graph; cuts: the values behind each cut, in that order."""
+    """Each node in the first stage that has what it reads; cuts: the values behind each cut, in the graph's order."""
     tail = behind(program, cuts[0])
     if isinstance(tail, Refused):
         return tail
     order = {node: number for number, node in enumerate(program.graph.nodes)}
-    borders = [max(order[node] for node in cut) for cut in cuts]
-    handed = {node for cut in cuts[1:] for passed in cut for node in _handing(passed)}
+    handed = {node for cut in cuts[1:] for passed in cut for node in handing(passed)}
     stages: list[list[fx.Node]] = [[] for _ in cuts]
+    first = {node: number for number, cut in enumerate(cuts) for node in cut}
     for node in tail.nodes:
         if node not in handed and not _plain(node, program):
-            stages[bisect_left(borders, order[node]) - 1].append(node)
+            first[node] = max([first.get(source, 0) for source in _sources(node.all_input_nodes, program)], default=0)
+            stages[first[node]].append(node)
     made = {node: number for number, nodes in enumerate(stages) for node in nodes}
     made |= {node: number - 1 for number, cut in enumerate(cuts) for node in cut}
     reads = [tuple(_reads(program, cuts, tail, stages, number)) for number in range(len(cuts))]
@@ -95,14 +95,14 @@ def _plain(node: fx.Node, program: Program) -> bool:
     return value is None or node.op == "get_attr"
 
 
-def _handing(passed: fx.Node) -> list[fx.Node]:
+def handing(passed: fx.Node) -> list[fx.Node]:
     """The nodes between a value and the copy of it that is read behind a cut."""
     source = passed.all_input_nodes[0]
     return [passed] if passed.meta.get(CUT) else [passed, source]
 
 
 def _origin(passed: fx.Node) -> fx.Node:
-    return _handing(passed)[-1].all_input_nodes[0]
+    return handing(passed)[-1].all_input_nodes[0]
 
 
 def _sources(nodes: Sequence[fx.Node], program: Program) -> Iterator[fx.Node]:

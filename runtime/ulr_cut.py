@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .controls import Controls
 from .errors import RewriteError
 from .estimators.copies import Estimation, Found
 from .estimators.copy_watch import resolved
@@ -59,8 +60,9 @@ class UlrCutRule:
     "sobol". baseline: "none", "clean", "leave-one-out", "constant", or "auto". antithetic: copies come in pairs of
     opposite noise. allocation: "uniform"; "doubt", in proportion to 1 - exp(-loss of the row), which is 1 - p_y for a
     mean cross-entropy; "norm", by a pilot that is part of the copies. max_rows: of one evaluation; max_failed: share of
-    copies without a finite loss above which it raises. Unbiased for the loss smoothed over the noise; linear in the
-    loss's cotangent. Each cut has its own noise, one at a time; copies of all join one evaluation of the chain.
+    copies without a finite loss above which it raises; control: a surrogate gradient as control variate, as
+    `controls.Controls` says. Unbiased for the loss smoothed over the noise; linear in the loss's
+    cotangent. Each cut has its own noise, one at a time; copies of all join one evaluation of the chain.
     """
 
     def __init__(self, course: Course, options: CutOptions, facts: TailFacts, ledger: Ledger, label: str) -> None:
@@ -69,6 +71,7 @@ class UlrCutRule:
         self.cuts = [CutEstimator(options, ratio, label) for ratio in facts.ratios]
         self._parameters = ParameterCosine()
         self._counters = {"backwards": 0, "proofs": 0}
+        self._controls = Controls(options.control, self.cuts, ledger)
         self._values = [tuple([course.places[name] for name in names]) for names in course.cuts]
 
     def learn_with(self, other: UlrCutRule) -> None:
@@ -109,6 +112,8 @@ class UlrCutRule:
         if first and self.options.sigma == "auto":
             self._enlarge(call, tail, found, settings)
         self._judge(call, tail, found, first)
+        if first:
+            self._controls.learn(tail, settings, found)
         if first and self._counters["backwards"] % EVERY == 1:
             again = self._estimates(call, tail, settings, "quality", "quality")
             for cut, own, a, b in zip(self.cuts, settings, found, again, strict=True):
@@ -150,6 +155,7 @@ class UlrCutRule:
                 noise = torch.randn(value.shape, generator=generator).to(value)
                 tail.prove(cut, call.region, settings[cut].sigma * noise, _rounding(call, tail))
             self._spend(call.region, tail, "quality")
+        self._controls.prepare(call.region, tail, settings, counters["backwards"])
         return settings
 
     def _estimates(
@@ -168,7 +174,7 @@ class UlrCutRule:
         for number, cut in enumerate(self.cuts):
             while not resolved(found[number], _rounding(call, tail)) and cut.size.grow():
                 log.info("%s: the losses of copies hardly differ; noise of %.2g", call.region, cut.size.typical)
-                settings[number] = Settings(settings[number].copies, cut.size.value(tail.values[number]))
+                settings[number] = replace(settings[number], sigma=cut.size.value(tail.values[number]))
                 again = {number: self._estimation(call, tail, number, settings[number], "")}
                 (found[number],) = _together(tail, again)
                 self._spend(call.region, tail, "step_size")
@@ -186,8 +192,8 @@ class UlrCutRule:
                 cut.watch.observe(call.region, each, size, any(other.changed for other in found))
 
     def _spend(self, region: str, tail: NoisyTail, purpose: str) -> None:
-        self.ledger.add(region, calls=tail.calls, **{purpose: tail.evaluated})
-        tail.calls = tail.evaluated = 0
+        self.ledger.add(region, calls=tail.calls, stages=tail.staged, **{purpose: tail.evaluated})
+        tail.calls = tail.evaluated = tail.staged = 0
 
     def _divided(self, tail: NoisyTail, found: Sequence[Tensor], needed: tuple[bool, ...]) -> Gradients:
         """In each value's layout and dtype, times the loss's cotangent."""
@@ -237,6 +243,8 @@ class UlrCutRule:
             "antithetic": self.options.antithetic,
             "baseline": self.options.baseline_for(copies[0]),
             "allocation": self.options.allocation,
+            **self._controls.describe(),
+            "window": self.course.window,
             "predicted_cosine": quality.predicted_cosine if quality else None,
             "measured_cosine": quality.measured_cosine if quality else None,
             "parameter_cosine": quality.parameter_cosine if quality else None,

@@ -14,7 +14,7 @@ from rewriter.runtime.random import Key
 from .allocation import copy_counts, pilot_norms
 from .arrays import Array
 from .cut_options import CutOptions
-from .likelihood_ratio import row_gradients
+from .likelihood_ratio import along, row_gradients
 from .noise import draw_noise
 from .precision import full_precision
 
@@ -27,12 +27,15 @@ _AT_ONCE = 2**24  # numbers of noise held at a time
 @dataclass(frozen=True)
 class Batch:
     """What is estimated: value (rows, width) and clean (rows,), the losses there; first_row: of the whole batch, for
-    the random numbers; sigma: a number or (width,)."""
+    the random numbers; sigma: a number or (width,); surrogate, control: (rows, width), of the gradient, as it is and as
+    far as it is used."""
 
     value: Tensor
     clean: Tensor
     first_row: int
     sigma: float | Tensor
+    surrogate: Tensor | None = None
+    control: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -42,7 +45,8 @@ class Batch:
 @dataclass
 class Found:
     """gradient: (rows, width); spread, size: mean squares of the copies' differences from the clean losses and of the
-    losses; changed: share of copies whose loss differs; failed, total: copies without a finite loss, and all."""
+    losses; changed: share of copies whose loss differs; failed, total: copies without a finite loss, and all;
+    both, predicted: means of the differences times what the surrogate predicts of them, and of its squares."""
 
     gradient: Tensor
     spread: float = 0.0
@@ -50,6 +54,8 @@ class Found:
     changed: float = 0.0
     failed: int = 0
     total: int = 0
+    both: float = 0.0
+    predicted: float = 0.0
 
 
 def estimate(batch: Batch, options: CutOptions, copies: int, key: Key) -> Estimation:
@@ -83,7 +89,9 @@ def _joined(gradient: Tensor, parts: list[Found]) -> Found:
     def mean(name: str) -> float:
         return float(sum(getattr(part, name) * part.total for part in parts) / total)
 
-    return Found(gradient, mean("spread"), mean("size"), mean("changed"), sum(part.failed for part in parts), total)
+    failed = sum(part.failed for part in parts)
+    named = {name: mean(name) for name in ("spread", "size", "changed", "both", "predicted")}
+    return Found(gradient, failed=failed, total=total, **named)
 
 
 def _of_counts(batch: Batch, options: CutOptions, counts: Array, key: Key) -> Estimation:
@@ -124,9 +132,13 @@ def _some(
     losses[row, copy] = answered.to(losses.dtype)
     clean = batch.clean[source]
     valid = existing & (losses.isfinite() | ~clean.isfinite()[:, None])
-    into[source] = _gradients(losses, clean, noise, batch.sigma, options, most, valid).to(into.dtype)
+    control = None if batch.control is None else batch.control[source]
+    into[source] = _gradients(losses, clean, noise, batch.sigma, options, most, valid, control).to(into.dtype)
     total = int(counts[rows].sum())
     differences = torch.where(valid, losses - clean[:, None], 0).double()
+    predicted = torch.zeros_like(differences)
+    if batch.surrogate is not None:
+        predicted = torch.where(valid, _predicted(batch.surrogate[source], noise, batch.sigma), 0).double()
     return Found(
         into,
         spread=float(differences.square().sum()) / total,
@@ -134,6 +146,8 @@ def _some(
         changed=float((differences != 0).sum()) / total,
         failed=int((existing & ~valid).sum()),
         total=total,
+        both=float((differences * predicted).sum()) / total,
+        predicted=float(predicted.square().sum()) / total,
     )
 
 
@@ -146,6 +160,7 @@ def _gradients(
     options: CutOptions,
     copies: int,
     valid: Tensor,
+    control: Tensor | None,
 ) -> Tensor:
     return row_gradients(
         losses,
@@ -156,7 +171,11 @@ def _gradients(
         baseline=options.baseline_for(copies),
         valid=valid,
         antithetic=options.antithetic,
+        control=control,
     )
+
+
+_predicted = full_precision(along)
 
 
 def _noise(batch: Batch, options: CutOptions, key: Key, copies: int, rows: Array) -> Tensor:

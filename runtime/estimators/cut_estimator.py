@@ -12,6 +12,7 @@ from torch import Tensor
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.random import Key
 
+from .control import ControlVariate
 from .copies import Batch, Estimation, estimate, estimate_by
 from .copy_watch import CopyWatch
 from .cut_options import CutOptions
@@ -19,19 +20,26 @@ from .noise import check_noise, relative_variance
 from .noise_size import NoiseSize
 from .quality import Quality
 from .split_half import SplitHalf
+from .surrogates import LinearTail, MeanGradient
 
 log = logging.getLogger("rewriter.runtime")
 
 _FIRST_COPIES = 8
 _MOST_COPIES = 256
+_LEARNT: dict[str, type[MeanGradient] | type[LinearTail]] = {"last": MeanGradient, "distilled": LinearTail}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one backward used and a second one through the same forward uses again."""
+    """What one backward used and a second one through the same forward uses again.
+
+    surrogate, control: of the gradient, (rows, width), as it is and as far as it is used.
+    """
 
     copies: int
     sigma: float | Tensor
+    surrogate: Tensor | None = None
+    control: Tensor | None = None
 
 
 class CutEstimator:
@@ -45,6 +53,8 @@ class CutEstimator:
         self.size = NoiseSize(options.sigma)
         self.halves = SplitHalf()
         self.watch = CopyWatch()
+        self.control = ControlVariate()
+        self.learnt = _LEARNT[options.control]() if options.control in _LEARNT else None
         self._counters = {"copies": 0, "width": 0, "rows": 0}
 
     def settle(self, value: Tensor) -> Settings:
@@ -68,7 +78,7 @@ class CutEstimator:
 
     def estimation(self, value: Tensor, clean: Tensor, first_row: int, settings: Settings, key: Key) -> Estimation:
         """Of the gradient at `value`, (rows, width); clean: (rows,), the losses there; first_row: among all ranks'."""
-        batch = Batch(value, clean, first_row, settings.sigma)
+        batch = Batch(value, clean, first_row, settings.sigma, settings.surrogate, settings.control)
         if self.options.allocation != "doubt":
             return estimate(batch, self.options, settings.copies, key)
         # 1 - exp(-loss), the loss in units in which the rows' add up to their number times the mean.
@@ -101,7 +111,7 @@ class CutEstimator:
         baseline = options.baseline_for(copies)
         variance = relative_variance(options.directions, copies, self.width, baseline, options.antithetic)
         return Quality(
-            predicted_cosine=(1 + variance) ** -0.5,
+            predicted_cosine=(1 + variance * self.control.left) ** -0.5,
             measured_cosine=self.halves.cosine(copies),
             slope=None,
             parameter_cosine=None,
@@ -118,6 +128,8 @@ class CutEstimator:
             "halves": self.halves.get_state(),
             "watch": self.watch.get_state(),
             "counters": self._counters.copy(),
+            "control": self.control.get_state(),
+            "learnt": {} if self.learnt is None else self.learnt.get_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -126,3 +138,6 @@ class CutEstimator:
         self.halves.set_state(state["halves"])
         self.watch.set_state(state["watch"])
         self._counters.update(state["counters"])
+        self.control.set_state(state.get("control", {}))
+        if self.learnt is not None:
+            self.learnt.set_state(state.get("learnt", {}))

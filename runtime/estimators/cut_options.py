@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rewriter.runtime.errors import RewriteError
 
 from .baselines import BASELINES, check_baseline
+from .control import CONTROLS
 from .noise import KINDS
 
 ALLOCATIONS = ("uniform", "doubt", "norm")
@@ -24,6 +25,7 @@ class CutOptions:
     allocation: str = "uniform"
     max_rows: int | None = None
     max_failed: float = 0.5
+    control: str = "none"
 
     def __post_init__(self) -> None:
         if self.copies != "auto" and not _is_count(self.copies, 2):
@@ -40,6 +42,7 @@ class CutOptions:
             ("directions", KINDS),
             ("baseline", ("auto", *BASELINES)),
             ("allocation", ALLOCATIONS),
+            ("control", CONTROLS),
             ("antithetic", (False, True)),
         ):
             if getattr(self, name) not in known:
