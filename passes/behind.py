@@ -127,6 +127,15 @@ def with_masks(program: Program, nodes: Sequence[fx.Node]) -> Program | Refused:
 def against(tail: Behind, cut: Sequence[fx.Node], program: Program) -> Refused | None:
     """Why it cannot be evaluated on copies of rows. Call it once dropouts are products."""
     inside = {*tail.nodes, *cut}
+    order = {node: number for number, node in enumerate(program.graph.nodes)}
+    for node in sorted(reach(list(cut)), key=order.__getitem__):
+        if node in inside or not node.all_input_nodes or not writes(node, program.module):
+            continue
+        written = node.all_input_nodes[0]
+        if any(order[user] > order[node] for user in written.users):
+            # Nobody reads what the write returns, so it is no part of the tail, and copies would not see the change.
+            why = f"{_EVALUATED}, and {node.name} changes {written.name} in place, which is read after that"
+            return Refused(node.name, why, "use what the operation returns, or one that is not in place")
     for node in tail.nodes:
         reason = _against(node, inside, program)
         if reason is not None:

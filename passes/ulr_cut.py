@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from torch import Tensor, fx, nn
@@ -24,6 +24,7 @@ from .checkpoint import is_count
 from .course import course_of, handing, outline_of
 from .cutting import cut_at
 from .program import Cost, Program, Region, Value, holds_box, is_box_call
+from .reach import check_course, check_reach, within
 from .regions import calls_at, inputs_of
 from .sub_chains import Link, links
 from .targets import Place, Target, resolve
@@ -59,6 +60,12 @@ class UlrCut(Entry):
         measured; `copies` is then the mean, each cut's weighed by what a copy there costs.
     at_once: sub-chains differentiated as one, their rows stacked (memory of so many); "auto": as many as 64 MiB hold.
         Forward keeps no tape of them: backward runs them again.
+    window: sub-chains that copies run through, with every=; what comes later is taken from the clean pass, and so is
+        left out of the gradient at the cut (a bias where the dependence is longer). None: up to the loss.
+    control: a surrogate gradient that takes variance away without bias, as far as its measured correlation pays.
+        "last": the mean gradient of earlier steps' rows (worth something only where rows agree); "truncated": of a
+        chain, the exact gradient of what the next sub-chain adds to the loss; "distilled": the loss's gradient at the
+        outputs, through a linear map from the value to them that is learnt from the copies.
     max_rows: rows of one evaluation (memory); max_failed: share of copies without a finite loss that is tolerated.
 
     Parameters before the cut get the gradient of the loss smoothed over the noise, without bias; those behind it the
@@ -83,6 +90,8 @@ class UlrCut(Entry):
     across: str = "uniform"
     max_rows: int | None = None
     max_failed: float = 0.5
+    window: int | None = None
+    control: str = "none"
     at_once: int | str = "auto"
 
     def __post_init__(self) -> None:
@@ -100,6 +109,7 @@ class UlrCut(Entry):
                 where="UlrCut",
                 remedy='a whole number from 1, or "auto"',
             )
+        check_reach(self.window, self.control, self.every is not None)
 
     @property
     def learns(self) -> bool:
@@ -158,8 +168,11 @@ class UlrCut(Entry):
         places = {node.name: place for place, node in enumerate(given)}
         # What is read behind a cut are the same numbers as before it.
         places |= dict(zip((node.name for cut in cuts for node in cut), _values(program, region), strict=True))
-        course = course_of(program, cuts, outline, places, region.name)
-        rule = UlrCutRule(course, self._options(), _facts(program, cuts, tails), ledger, region.name)
+        course = replace(course_of(program, cuts, outline, places, region.name), window=self.window)
+        run = [tails[n].nodes if self.window is None else within(outline, n, self.window) for n in range(len(cuts))]
+        facts = _facts(program, cuts, tails, run, _before(program, region))
+        check_course(course, self.control, facts.kind, region.name)
+        rule = UlrCutRule(course, self._options(), facts, ledger, region.name)
         if isinstance(known, UlrCutRule):
             rule.learn_with(known)
         if self.learns:
@@ -192,39 +205,49 @@ def _values(program: Program, region: Region) -> list[int]:
     return [given.index(node) for node in _before(program, region)]
 
 
-def _facts(program: Program, cuts: Sequence[Sequence[fx.Node]], tails: Sequence[Behind]) -> TailFacts:
+def _facts(
+    program: Program,
+    cuts: Sequence[Sequence[fx.Node]],
+    tails: Sequence[Behind],
+    run: Sequence[Sequence[fx.Node]],
+    before: Sequence[fx.Node],
+) -> TailFacts:
+    """run: per cut, what copies there run through; before: the values at the cuts, on the tape."""
     first = tails[0]
     held = [program.module(str(node.target)) for node in first.nodes if node.op == "call_module"]
     boxed = any(is_box_call(node, program) for node in first.nodes) or any(map(holds_box, held))
     boxes = [part for module in held for part in module.modules() if isinstance(part, Box)]
     noisy = any(box.noisy or getattr(box, "seed", None) is not None for box in boxes)
     trained = any(name for node in first.nodes for name in trainable_of(node, program))
-    outputs = program.graph.output_node().all_input_nodes
-    stepped = any(_blocked(program, cut, tail, outputs) for cut, tail in zip(cuts, tails, strict=True))
+    # Copies go on through the chain's further cuts, which are detached for the tape alone.
+    ends = [*program.graph.output_node().all_input_nodes, *before]
+    stepped = any(_blocked(program, cut, tail, ends) for cut, tail in zip(cuts, tails, strict=True))
     kind = "box" if boxed else "steps" if stepped else "trainable" if trained else "frozen"
-    return TailFacts(kind, tuple([_ratio(program, tail, trained) for tail in tails]), _costs(program, tails), noisy)
+    ratios = [_ratio(program, tail, copied, trained) for tail, copied in zip(tails, run, strict=True)]
+    return TailFacts(kind, tuple(ratios), _costs(program, run), noisy)
 
 
-def _costs(program: Program, tails: Sequence[Behind]) -> tuple[float, ...]:
+def _costs(program: Program, run: Sequence[Sequence[fx.Node]]) -> tuple[float, ...]:
     """Of one copy from each cut, in units of the first cut's, by FLOPs; by operations where none are known."""
-    flops = [sum(program.costs.get(node.name, Cost()).flops for node in tail.nodes) for tail in tails]
-    spent = flops if min(flops) > 0 else [len(tail.nodes) for tail in tails]
+    flops = [sum(program.costs.get(node.name, Cost()).flops for node in nodes) for nodes in run]
+    spent = flops if min(flops) > 0 else [len(nodes) for nodes in run]
     return tuple([max(each, 1) / max(*spent, 1) for each in spent])
 
 
-def _blocked(program: Program, cut: Sequence[fx.Node], tail: Behind, outputs: Sequence[fx.Node]) -> bool:
-    """Whether every way from a cut to the outputs meets an operation without a derivative."""
-    found, inside = obstacles(program, tail, outputs), set(tail.nodes)
+def _blocked(program: Program, cut: Sequence[fx.Node], tail: Behind, ends: Sequence[fx.Node]) -> bool:
+    """Whether every way from a cut to the ends meets an operation without a derivative."""
+    found, inside = obstacles(program, tail, ends), set(tail.nodes)
     users = [user for node in cut for user in node.users if user in inside]
     return bool(users) and all(user in found for user in users)
 
 
-def _ratio(program: Program, tail: Behind, trained: bool) -> float:
-    """Cost of a step without copies in units of one copy, by FLOPs."""
+def _ratio(program: Program, tail: Behind, copied: Sequence[fx.Node], trained: bool) -> float:
+    """Cost of a step without copies in units of one copy, which runs `copied`, by FLOPs."""
     inside = {node.name for node in tail.nodes}
     cost = sum((program.costs.get(name, Cost()) for name in inside), Cost()).flops
+    copy = sum((program.costs.get(node.name, Cost()) for node in copied), Cost()).flops
     rest = sum((c for name, c in program.costs.items() if name not in inside), Cost()).flops
-    return min((_PREFIX_RATIO * rest + (_PREFIX_RATIO if trained else 1) * cost) / max(1, cost), _MOST_RATIO)
+    return min((_PREFIX_RATIO * rest + (_PREFIX_RATIO if trained else 1) * cost) / max(1, copy), _MOST_RATIO)
 
 
 def _check_reached(entry: UlrCut, program: Program, region: Region, tail: Behind) -> None:

@@ -121,6 +121,10 @@ def _ulr_cut(facts: dict[str, Any]) -> list[str]:
         f"allocation {facts['allocation']}{shared}",
         f"  {_TAILS[facts['tail']]}",
     ]
+    if facts["window"] is not None:
+        lines.append(f"  copies run through {facts['window']} sub-chains; what comes later is left out of the gradient")
+    if facts["control"] != "none":
+        lines.append(_control(facts))
     if facts["width"] is None:
         lines.append("  nothing measured yet; the first backward does")
     else:
@@ -145,6 +149,16 @@ def _ulr_cut(facts: dict[str, Any]) -> list[str]:
             f"{facts['copies']}; the cut pays where its activations do not fit, or to train under noise"
         )
     return lines
+
+
+def _control(facts: dict[str, Any]) -> str:
+    correlation = facts["control_correlation"]
+    if correlation is None:
+        return f"  control variate {facts['control']}: not measured yet"
+    return (
+        f"  control variate {facts['control']}: correlation {correlation:.2f}, so 1 - r^2 = {1 - correlation**2:.2f} "
+        f"of the variance is left where it is used; used at {facts['controlled']} of {facts['cuts']} cuts"
+    )
 
 
 def _highway(facts: dict[str, Any]) -> list[str]:

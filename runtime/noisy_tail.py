@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -35,7 +35,8 @@ class Course:
     cuts: names of the values behind each; stages: one behind each; live: per cut, the names that copies which join
     there must have beside the values; outputs: names. places: by name, where among the region's inputs the clean
     values lie, of the cuts' values those before the cut. layouts: by name, None where a value has no rows. widest:
-    elements per row of the widest value.
+    elements per row of the widest value. window: stages that copies run through, None for all: what later ones make is
+    then that of the clean pass.
     """
 
     cuts: tuple[tuple[str, ...], ...]
@@ -45,6 +46,18 @@ class Course:
     places: Mapping[str, int]
     layouts: Mapping[str, Layout | None]
     widest: int
+    window: int | None = None
+
+    def length(self, cut: int, window: int | None) -> int:
+        """Stages that copies at a cut run through: those within the window, and the last."""
+        following = len(self.stages) - cut
+        return following if window is None or window >= following else window + 1
+
+    def kept(self, cut: int, window: int) -> frozenset[str]:
+        """What the last stage reads, and the outputs, of what copies make that leave after so many stages."""
+        end = cut + window
+        made = {*self.cuts[cut], *(name for stage in self.stages[cut:end] for name in stage.writes)}
+        return frozenset(made & {*self.stages[-1].reads, *self.outputs} - {*self.cuts[end]})
 
     def layout(self, name: str) -> Layout:
         found = self.layouts[name]
@@ -60,11 +73,19 @@ class Request(NamedTuple):
     value: Tensor
 
 
+class _Part(NamedTuple):
+    """Copies on their way through the stages: source (n,), the rows that they are copies of, and what they hold."""
+
+    source: Tensor
+    held: dict[str, Tensor]
+
+
 class NoisyTail:
     """One forward pass's tail: its clean values, the loss, and how many rows it has been evaluated on.
 
     inputs: the region's, kept by the forward. `values` are (rows, width), float32 or wider, one for each cut: the
-    tensors there side by side. Evaluations leave torch's random numbers alone.
+    tensors there side by side. Evaluations leave torch's random numbers alone. watch(cut, moved, changed) is told
+    of all copies how far their values moved, (n, width), and how the flat outputs changed, (n, outputs).
     """
 
     def __init__(self, course: Course, inputs: Sequence[Tensor], objective: Objective, max_rows: int | None) -> None:
@@ -72,14 +93,15 @@ class NoisyTail:
         self._inputs = {name: inputs[place] for name, place in course.places.items()}
         self.outputs = [self._inputs[name] for name in course.outputs]
         self.max_rows = max_rows or max(1, _ELEMENTS // max(1, course.widest))
-        self.evaluated = self.calls = 0
+        self.evaluated = self.staged = self.calls = 0
         self.at = [[self._inputs[name] for name in names] for names in course.cuts]
         self.rows = course.layout(course.cuts[0][0]).rows(self.at[0][0])
-        self.values = [self._side_by_side(cut) for cut in range(len(course.cuts))]
-        self.clean = self._weighed(objective.rows(self.outputs, None), None)
+        self.values = [self.side_by_side(cut, tensors) for cut, tensors in enumerate(self.at)]
+        self.clean = self.weighed(objective.rows(self.outputs, None), None)
+        self.watch: Callable[[int, Tensor, Tensor], None] | None = None
 
-    def _side_by_side(self, cut: int) -> Tensor:
-        tensors = self.at[cut]
+    def side_by_side(self, cut: int, tensors: Sequence[Tensor]) -> Tensor:
+        """(rows, width), float32 or wider, from tensors that lie as those at a cut."""
         wide = torch.float64 if any(value.dtype is torch.float64 for value in tensors) else torch.float32
         split = [self.course.layout(n).split(v) for n, v in zip(self.course.cuts[cut], tensors, strict=True)]
         return torch.cat([each.reshape(self.rows, -1).to(wide) for each in split], 1)
@@ -96,7 +118,7 @@ class NoisyTail:
         assert weight is not None
         return weight.detach().abs().max() if weight.ndim else weight.detach()
 
-    def _weighed(self, contributions: Tensor, source: Tensor | None) -> Tensor:
+    def weighed(self, contributions: Tensor, source: Tensor | None) -> Tensor:
         """(n,): each row's contributions, weighed by the loss's cotangent where that is one for each of them."""
         weight = self.objective.weight
         if weight is not None and weight.ndim:
@@ -146,37 +168,73 @@ class NoisyTail:
         generator = torch.get_rng_state()
         with torch.no_grad():
             given = [(request.source, self.given(request.cut, request.value)) for request in requests]
-            source, outputs = self._swept([request.cut for request in requests], given)
+            source, outputs = self.swept([request.cut for request in requests], given, self.course.window)
             found = self.objective.rows(outputs, Copied(source, self.rows, self.outputs))
         torch.set_rng_state(generator)  # a box may have drawn seeds
+        if self.watch is not None:
+            changes = torch.split(
+                self.flat(outputs) - self.flat(self.outputs)[source], [len(request.source) for request in requests]
+            )
+            for request, changed in zip(requests, changes, strict=True):
+                self.watch(request.cut, request.value - self.values[request.cut][request.source], changed)
         self.evaluated, self.calls = self.evaluated + len(source), self.calls + 1
-        return self._weighed(found, source)
+        return self.weighed(found, source)
 
-    def _swept(self, cuts: Sequence[int], given: Sequence[tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, list[Tensor]]:
-        """Rows of all that joined, and their outputs: one way through the stages, copies joining at their cuts."""
-        course, joining = self.course, dict(zip(cuts, given, strict=True))
-        held: dict[str, Tensor] = {}
-        source: Tensor | None = None
+    def swept(
+        self, cuts: Sequence[int], given: Sequence[tuple[Tensor, list[Tensor]]], window: int | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Rows of all that joined, and their outputs: one way through the stages, copies joining at their cuts.
+
+        They leave after `window` stages and come back to the last, with the clean state and what they made on the way.
+        """
+        course, joining, last = self.course, dict(zip(cuts, given, strict=True)), len(self.course.stages) - 1
+        inside, left = _Part(torch.arange(0), {}), list[_Part]()
+        ends = [(cut + window, cut, len(source)) for cut, (source, _) in joining.items() if window]
         for number in range(cuts[0], len(course.stages)):
-            stage = course.stages[number]
+            names = (*course.cuts[number], *course.live[number])
+            for _, cut, rows in [end for end in ends if end[0] == number]:
+                leaving, inside = self._parted(inside, names, rows)
+                kept = course.kept(cut, number - cut)
+                left.append(_Part(leaving.source, {name: leaving.held[name].clone() for name in kept}))
+            parts = [self._completed(part, names) for part in left] if number == last else []
+            parts += [inside] if len(inside.source) else []
             if number in joining:
                 new, values = joining[number]
-                fresh = dict(zip(course.cuts[number], values, strict=True))
-                fresh |= {name: self._taken(name, new) for name in course.live[number]}
-                held = fresh if source is None else {name: self._stacked(name, held, fresh) for name in fresh}
-                source = new if source is None else torch.cat((source, new))
-            assert source is not None
-            read = [held[name] if name in held else self._taken(name, source) for name in stage.reads]
-            held.update(zip(stage.writes, stage.segment.run(tuple(read)), strict=True))
-        assert source is not None
+                parts.append(self._completed(_Part(new, dict(zip(course.cuts[number], values, strict=True))), names))
+            if not parts:
+                continue
+            inside = parts[0] if len(parts) == 1 else self._stacked(parts, names)
+            source, held = inside
+            read = [held[name] if name in held else self._taken(name, source) for name in course.stages[number].reads]
+            held.update(zip(course.stages[number].writes, course.stages[number].segment.run(tuple(read)), strict=True))
+            self.staged += len(source)
+        source, held = inside
         return source, [held[name] if name in held else self._taken(name, source) for name in course.outputs]
+
+    def flat(self, outputs: Sequence[Tensor]) -> Tensor:
+        """(rows, outputs): the floating outputs that have rows, side by side."""
+        laid = [(self.course.layouts[name], value) for name, value in zip(self.course.outputs, outputs, strict=True)]
+        split = [layout.split(value) for layout, value in laid if layout is not None and value.is_floating_point()]
+        return torch.cat([each.reshape(len(each), -1).to(self.values[0].dtype) for each in split], 1)
+
+    def _completed(self, part: _Part, names: Sequence[str]) -> _Part:
+        """With the clean values of what it does not hold."""
+        held = {name: part.held[name] if name in part.held else self._taken(name, part.source) for name in names}
+        return _Part(part.source, held)
+
+    def _parted(self, part: _Part, names: Sequence[str], rows: int) -> tuple[_Part, _Part]:
+        pairs = {name: self.course.layout(name).parted(part.held[name], rows) for name in names}
+        first, rest = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
+        return _Part(part.source[:rows], first), _Part(part.source[rows:], rest)
+
+    def _stacked(self, parts: Sequence[_Part], names: Sequence[str]) -> _Part:
+        dimensions = {name: self.course.layout(name).dimension for name in names}
+        held = {name: torch.cat([part.held[name] for part in parts], at) for name, at in dimensions.items()}
+        return _Part(torch.cat([part.source for part in parts]), held)
 
     def _taken(self, name: str, source: Tensor) -> Tensor:
         layout = self.course.layouts[name]
         return self._inputs[name] if layout is None else layout.take(self._inputs[name], source)
-
-    def _stacked(self, name: str, held: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat((held[name], fresh[name]), self.course.layout(name).dimension)
 
     def given(self, cut: int, value: Tensor) -> list[Tensor]:
         """Rows of values side by side, (n, width), as the tensors at a cut."""
@@ -189,15 +247,15 @@ class NoisyTail:
         ]
 
     def gradient(self, cut: int) -> list[Tensor | None]:
-        """Of the clean loss in each tensor at a cut, by ordinary differentiation of the tail; None where it has none.
+        """Of the clean loss in each tensor at a cut, by ordinary differentiation of the whole tail; or None.
 
         Raises what differentiating the tail raises.
         """
         with torch.enable_grad():
             values = [value.detach().requires_grad_() for value in self.at[cut]]
             every = torch.arange(self.rows, device=values[0].device)
-            _, outputs = self._swept([cut], [(every, [value.clone() for value in values])])
-            loss = self._weighed(self.objective.rows(outputs, None), None).sum()
+            _, outputs = self.swept([cut], [(every, [value.clone() for value in values])], None)
+            loss = self.weighed(self.objective.rows(outputs, None), None).sum()
             if not loss.requires_grad:
                 return [None] * len(values)
             found = torch.autograd.grad(loss, values, allow_unused=True)

@@ -26,6 +26,11 @@ class Layout:
         """From what `split` gives, for any number of rows, to a value that lies as the original."""
         return split.flatten(0, 1).movedim(0, self.dimension).contiguous()
 
+    def parted(self, value: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The value's first rows, and the others; views of it."""
+        first, whole = rows * self.multiplicity, value.shape[self.dimension]
+        return value.narrow(self.dimension, 0, first), value.narrow(self.dimension, first, whole - first)
+
     def take(self, value: Tensor, index: Tensor) -> Tensor:
         """The value of the rows of an index, (n,), repeats included."""
         if self.dimension == 0 and self.multiplicity == 1:

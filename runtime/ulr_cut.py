@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .controls import Controls
 from .errors import RewriteError
 from .estimators.copies import Estimation, Found
-from .estimators.cut_estimator import CutEstimator, Settings, resize, share_copies, share_signal
+from .estimators.cut_estimator import CutEstimator, Settings
 from .estimators.cut_options import CutOptions
+from .estimators.cuts_of_chain import resize, share_copies, share_signal
 from .estimators.quality import EVERY, History, ParameterCosine, Quality, cosine_of
 from .learned_noise import channels_of, size_gradient, sizes_of
 from .ledger import Ledger
@@ -58,16 +60,9 @@ class TailFacts:
 class UlrCutRule:
     """Supplies dL/dz at each cut as mean (f(z + sigma e) - baseline) score(e) / sigma of each row (likelihood ratio).
 
-    copies: of every row, "auto" sets them from measured noise and costs. sigma: of the noise, "auto" a tenth of the
-    value's running deviation, more where the losses do not resolve it; "learned", what `noise` holds of each cut, whose
-    gradient is returned with the others. directions: "orthogonal", "gaussian", "laplace", "sobol". baseline: "none",
-    "clean", "leave-one-out", "constant", or "auto". antithetic: copies come in pairs of opposite noise. allocation:
-    "uniform"; "doubt", in proportion to the length of the gradient of a row's loss in the model's outputs; "norm", by a
-    pilot that is part of the copies; "running", by what earlier batches say of rows whose loss has that rank;
-    "gaussian", "bernoulli": FLOPS's policies. across: "uniform", or "neyman": the copies of all cuts in proportion to
-    sqrt(noise / cost), once that is measured. max_rows: of one evaluation; max_failed: share of copies without a finite
-    loss above which it raises. Unbiased for the loss smoothed over the noise; linear in the loss's cotangent. Each cut
-    has its own noise, one at a time; copies of all join one evaluation of the chain.
+    Unbiased for the loss smoothed over the noise; linear in the loss's cotangent. Each cut has its own noise, one at a
+    time; copies of all join one evaluation of the chain. noise: the learnt standard deviations of each cut, if any,
+    whose gradients are returned with the others. The entry `UlrCut` says what the options do.
     """
 
     def __init__(self, course: Course, options: CutOptions, facts: TailFacts, ledger: Ledger, label: str) -> None:
@@ -77,6 +72,7 @@ class UlrCutRule:
         self.noise: nn.ModuleList | None = None
         self._parameters = ParameterCosine()
         self._counters = {"backwards": 0, "proofs": 0}
+        self._controls = Controls(options.control, self.cuts, ledger)
         self._values = [tuple([course.places[name] for name in names]) for names in course.cuts]
 
     def learn_with(self, other: UlrCutRule) -> None:
@@ -129,6 +125,7 @@ class UlrCutRule:
             for number, each in enumerate(found):
                 key = call.key.named(f"cut{number}")
                 self.cuts[number].learn(tail.clean, call.rank * tail.rows, settings[number], key, each)
+            self._controls.learn(tail, settings, found)
         if first and self._counters["backwards"] % EVERY == 1:
             again = self._estimates(call, tail, settings, "quality", "quality")
             for cut, own, a, b in zip(self.cuts, settings, found, again, strict=True):
@@ -184,6 +181,7 @@ class UlrCutRule:
                 noise = torch.randn(value.shape, generator=generator).to(value)
                 tail.prove(cut, call.region, settings[cut].sigma * noise, _rounding(call, tail))
             self._spend(call.region, tail, "quality")
+        self._controls.prepare(call.region, tail, settings, counters["backwards"])
         return settings
 
     def _estimates(
@@ -202,7 +200,8 @@ class UlrCutRule:
         self, call: Call, tail: NoisyTail, found: list[Found], settings: list[Settings], learnt: Sequence[Learnt]
     ) -> None:
         def again(number: int) -> Found:
-            settings[number] = self.cuts[number].sized(tail.values[number], learnt[number])
+            sigma, held = self.cuts[number].sized(tail.values[number], learnt[number])
+            settings[number] = replace(settings[number], sigma=sigma, held=held)
             (only,) = _together(tail, {number: self._estimation(call, tail, number, settings[number], "")})
             self._spend(call.region, tail, "step_size")
             return only
@@ -222,8 +221,8 @@ class UlrCutRule:
                 cut.watch.observe(call.region, each, size, any(other.changed for other in found))
 
     def _spend(self, region: str, tail: NoisyTail, purpose: str) -> None:
-        self.ledger.add(region, calls=tail.calls, **{purpose: tail.evaluated})
-        tail.calls = tail.evaluated = 0
+        self.ledger.add(region, calls=tail.calls, stages=tail.staged, **{purpose: tail.evaluated})
+        tail.calls = tail.evaluated = tail.staged = 0
 
     def _divided(self, tail: NoisyTail, found: Sequence[Tensor], needed: tuple[bool, ...]) -> Gradients:
         """In each value's layout and dtype, times the loss's cotangent."""
@@ -276,6 +275,8 @@ class UlrCutRule:
             "antithetic": self.options.antithetic,
             "baseline": self.options.baseline_for(copies[0]),
             "allocation": self.options.allocation,
+            **self._controls.describe(),
+            "window": self.course.window,
             "predicted_cosine": quality.predicted_cosine if quality else None,
             "measured_cosine": quality.measured_cosine if quality else None,
             "parameter_cosine": quality.parameter_cosine if quality else None,

@@ -1,9 +1,12 @@
 """A surrogate gradient as a control variate, used as far as its measured correlation with the losses goes."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CONTROLS = ("none", "last", "truncated", "distilled")
 
 _DECAY = 0.95
 
@@ -33,16 +36,25 @@ class ControlVariate:
         correlation = self.correlation
         return correlation is not None and (1 - correlation**2) * (1 + self.cost) < 1
 
+    @property
+    def left(self) -> float:
+        """Share of the variance that is left."""
+        return 1 - (self.correlation or 0.0) ** 2 if self.pays else 1.0
+
     def scaled(self, surrogate: Tensor) -> Tensor | None:
         """The surrogate, (rows, width), times its regression coefficient; None where it does not pay."""
         if not self.pays or self._products is None:
             return None
         return surrogate * (self._products[0] / self._products[1])
 
-    def observe(self, differences: Tensor, predicted: Tensor) -> None:
-        """After a step. differences: (rows, copies), f(z + sigma e) - f(z); predicted: by the unscaled surrogate."""
-        pairs = ((differences, predicted), (predicted, predicted), (differences, differences))
-        found = [float((a.double() * b.double()).mean()) for a, b in pairs]
+    def observe(self, both: float, predicted: float, differences: float) -> None:
+        """After a step: means over copies of d p, p^2 and d^2.
+
+        d = f(z + sigma e) - f(z); p: what the unscaled surrogate predicts of it.
+        """
+        found = (both, predicted, differences)
+        if not all(map(math.isfinite, found)):
+            return  # a diverged step says nothing of the others
         before = self._products or found
         kept = [_DECAY * old + (1 - _DECAY) * new for old, new in zip(before, found, strict=True)]
         self._products = (kept[0], kept[1], kept[2])

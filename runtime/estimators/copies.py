@@ -14,7 +14,7 @@ from rewriter.runtime.random import Key
 from .allocation import block_counts, copy_counts, pilot_norms, pilot_shares
 from .arrays import Array
 from .cut_options import CutOptions
-from .likelihood_ratio import row_gradients, size_gradients
+from .likelihood_ratio import along, row_gradients, size_gradients
 from .noise import draw_noise
 from .precision import full_precision
 
@@ -27,12 +27,15 @@ _AT_ONCE = 2**24  # numbers of noise held at a time
 @dataclass(frozen=True)
 class Batch:
     """What is estimated: value (rows, width) and clean (rows,), the losses there; first_row: of the whole batch, for
-    the random numbers; sigma: a number or (width,)."""
+    the random numbers; sigma: a number or (width,); surrogate, control: (rows, width), of the gradient, as it is and as
+    far as it is used."""
 
     value: Tensor
     clean: Tensor
     first_row: int
     sigma: float | Tensor
+    surrogate: Tensor | None = None
+    control: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -43,8 +46,9 @@ class Batch:
 class Found:
     """gradient: (rows, width); squares: (rows,), mean squares of a row's copies' differences from its clean loss;
     spread, size: mean squares of all differences and of the losses; changed: share of copies whose loss differs;
-    failed, total: copies without a finite loss, and all; sizes: (width,), gradient in the logarithm of sigma, summed
-    over rows, where that is learnt."""
+    failed, total: copies without a finite loss, and all; both, predicted: means of the differences times what the
+    surrogate predicts of them, and of its squares; sizes: (width,), gradient in the logarithm of sigma, summed over
+    rows, where that is learnt."""
 
     gradient: Tensor
     squares: Tensor
@@ -53,6 +57,8 @@ class Found:
     changed: float = 0.0
     failed: int = 0
     total: int = 0
+    both: float = 0.0
+    predicted: float = 0.0
     sizes: Tensor | None = None
 
 
@@ -96,7 +102,8 @@ def _joined(gradient: Tensor, squares: Tensor, parts: list[Found], shares: Seque
     weighed = zip(parts, shares or [1.0] * len(parts), strict=True)
     sizes = [share * part.sizes for part, share in weighed if part.sizes is not None]
     learnt = torch.stack(sizes).sum(0) if sizes else None
-    return Found(gradient, squares, mean("spread"), mean("size"), mean("changed"), failed, total, learnt)
+    named = {name: mean(name) for name in ("spread", "size", "changed", "both", "predicted")}
+    return Found(gradient, squares, failed=failed, total=total, sizes=learnt, **named)
 
 
 def _of_counts(batch: Batch, options: CutOptions, counts: Array, key: Key) -> Estimation:
@@ -137,11 +144,16 @@ def _some(
     losses[row, copy] = answered.to(losses.dtype)
     clean = batch.clean[source]
     valid = existing & (losses.isfinite() | ~clean.isfinite()[:, None])
-    into.gradient[source] = _gradients(losses, clean, noise, batch.sigma, options, most, valid).to(into.gradient.dtype)
+    control = None if batch.control is None else batch.control[source]
+    gradients = _gradients(losses, clean, noise, batch.sigma, options, most, valid, control)
+    into.gradient[source] = gradients.to(into.gradient.dtype)
     learns = options.sigma == "learned"
     total = int(counts[rows].sum())
     differences = torch.where(valid, losses - clean[:, None], 0).double()
     into.squares[source] = differences.square().sum(1) / valid.sum(1).clamp(min=1)
+    predicted = torch.zeros_like(differences)
+    if batch.surrogate is not None:
+        predicted = torch.where(valid, _predicted(batch.surrogate[source], noise, batch.sigma), 0).double()
     return Found(
         into.gradient,
         into.squares,
@@ -150,6 +162,8 @@ def _some(
         changed=float((differences != 0).sum()) / total,
         failed=int((existing & ~valid).sum()),
         total=total,
+        both=float((differences * predicted).sum()) / total,
+        predicted=float(predicted.square().sum()) / total,
         sizes=_sizes(losses, clean, noise, options, most, valid) if learns else None,
     )
 
@@ -163,6 +177,7 @@ def _gradients(
     options: CutOptions,
     copies: int,
     valid: Tensor,
+    control: Tensor | None,
 ) -> Tensor:
     return row_gradients(
         losses,
@@ -173,7 +188,11 @@ def _gradients(
         baseline=options.baseline_for(copies),
         valid=valid,
         antithetic=options.antithetic,
+        control=control,
     )
+
+
+_predicted = full_precision(along)
 
 
 @full_precision

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.random import Key
 
-from .allocation import cut_counts
 from .arrays import Array
+from .control import ControlVariate
 from .copies import Batch, Estimation, Found, counts_by, estimate, estimate_by
-from .copy_watch import CopyWatch, resolved
+from .copy_watch import CopyWatch
 from .cut_options import CutOptions
 from .learned_allocation import LEARNED
 from .noise import check_noise, relative_variance
 from .noise_size import NoiseSize
 from .quality import Quality
 from .split_half import SplitHalf
+from .surrogates import LinearTail, MeanGradient
 
 log = logging.getLogger("rewriter.runtime")
 
 _FIRST_COPIES = 8
 _MOST_COPIES = 256
-_APART = 4.0  # times what copies should differ by: half the noise would still do, twice over
+_LEARNT: dict[str, type[MeanGradient] | type[LinearTail]] = {"last": MeanGradient, "distilled": LinearTail}
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,15 @@ class Settings:
     """What one backward used and a second one through the same forward uses again.
 
     parameters: of the allocator, where one learns.
+    surrogate, control: of the gradient, (rows, width), as it is and as far as it is used.
     """
 
     copies: int
     sigma: float | Tensor
     held: Tensor | None = None  # learnt ones: as `NoiseSize.bounded` says
     parameters: Array | None = None  # of the allocator
+    surrogate: Tensor | None = None
+    control: Tensor | None = None
 
 
 class CutEstimator:
@@ -57,6 +59,8 @@ class CutEstimator:
         self.watch = CopyWatch()
         self.signal: float | None = None  # of all cuts of the chain; None where this is the only one
         self.allocator = LEARNED[options.allocation]() if options.allocation in LEARNED else None
+        self.control = ControlVariate()
+        self.learnt = _LEARNT[options.control]() if options.control in _LEARNT else None
         self._counters = {"copies": 0, "width": 0, "rows": 0, "assigned": 0}
 
     def assign(self, copies: int) -> None:
@@ -71,8 +75,7 @@ class CutEstimator:
         rows, width = value.shape
         self._counters["rows"], self._counters["width"] = rows, width
         self.size.observe(value)
-        settings = self.sized(value, learnt)
-        sigma = settings.sigma
+        sigma, held = self.sized(value, learnt)
         if isinstance(sigma, Tensor) and sigma.shape != (width,):
             raise RewriteError(
                 f"sigma has {len(sigma)} numbers for {width} elements of a row at the cut",
@@ -84,15 +87,14 @@ class CutEstimator:
             self._counters["copies"] = copies
             log.info("%s: %d copies of each row", self.label, copies)
         check_noise(self.options.directions, copies, width, self.options.antithetic)
-        return settings
+        return Settings(copies, sigma, held, None if self.allocator is None else self.allocator.parameters)
 
-    def sized(self, value: Tensor, learnt: tuple[Tensor, Tensor] | None) -> Settings:
-        """As `settle`, of a batch that it has seen: with the noise of now."""
-        parameters = None if self.allocator is None else self.allocator.parameters
+    def sized(self, value: Tensor, learnt: tuple[Tensor, Tensor] | None) -> tuple[float | Tensor, Tensor | None]:
+        """The noise of now for a batch that it has seen, and what holds it where it is learnt."""
         if learnt is None:
-            return Settings(self.copies, self.size.value(value), None, parameters)
+            return self.size.value(value), None
         sigma, held = self.size.bounded(learnt[0])
-        return Settings(self.copies, sigma.to(value)[learnt[1].to(value.device)], held, parameters)
+        return sigma.to(value)[learnt[1].to(value.device)], held
 
     def estimation(
         self,
@@ -107,7 +109,7 @@ class CutEstimator:
 
         doubts: (rows,), what allocation="doubt" goes by.
         """
-        batch = Batch(value, clean, first_row, settings.sigma)
+        batch = Batch(value, clean, first_row, settings.sigma, settings.surrogate, settings.control)
         norms = self._norms(clean, first_row, settings, key) if doubts is None else doubts.double().cpu().numpy()
         if norms is None:
             return estimate(batch, self.options, settings.copies, key)
@@ -157,7 +159,7 @@ class CutEstimator:
         baseline = options.baseline_for(copies)
         variance = relative_variance(options.directions, copies, self.width, baseline, options.antithetic)
         return Quality(
-            predicted_cosine=(1 + variance) ** -0.5,
+            predicted_cosine=(1 + variance * self.control.left) ** -0.5,
             measured_cosine=self.halves.cosine(copies),
             slope=None,
             parameter_cosine=None,
@@ -175,6 +177,8 @@ class CutEstimator:
             "watch": self.watch.get_state(),
             "counters": self._counters.copy(),
             **({} if self.allocator is None else {"allocator": self.allocator.get_state()}),
+            "control": self.control.get_state(),
+            "learnt": {} if self.learnt is None else self.learnt.get_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -183,55 +187,11 @@ class CutEstimator:
         self.halves.set_state(state["halves"])
         self.watch.set_state(state["watch"])
         self._counters.update(state["counters"])
+        self.control.set_state(state.get("control", {}))
+        if self.learnt is not None:
+            self.learnt.set_state(state.get("learnt", {}))
         if self.allocator is not None:
             self.allocator.set_state(state["allocator"])
-
-
-def share_signal(cuts: Sequence[CutEstimator]) -> None:
-    """Lets each cut of a chain know the signal of all: where one has faded, more copies there would buy nothing."""
-    if len(cuts) > 1 and all(cut.halves.measurements for cut in cuts):
-        total = sum(max(cut.halves.signal, 0.0) for cut in cuts)
-        for cut in cuts:
-            cut.signal = total
-
-
-def share_copies(cuts: Sequence[CutEstimator], costs: Sequence[float], even: bool) -> None:
-    """Assigns the copies of a chain's cuts by the noise of each, at no more cost than those they want have in all.
-
-    costs: of one copy at each cut. Until the noise of all is measured, each has what it wants.
-    """
-    wanted, units = np.array([cut.wanted for cut in cuts]), np.array(costs)
-    known = all(cut.halves.measurements for cut in cuts)
-    noises = np.array([cut.halves.noise for cut in cuts])
-    counts = cut_counts(noises, units, float(wanted @ units), even=even) if known else wanted
-    for cut, copies in zip(cuts, counts, strict=True):
-        cut.assign(int(copies))
-
-
-def resize(
-    cuts: Sequence[CutEstimator],
-    found: list[Found],
-    settings: list[Settings],
-    rounding: float,
-    again: Callable[[int], Found],
-) -> None:
-    """More noise where, and while, copies are not told apart; less where they long have been, in later backwards.
-
-    found, settings: of each cut, replaced in place; again(cut): settles with the noise of now and estimates. A cut that
-    even the largest noise leaves silent while another is heard goes back to its own: what is kept from there has
-    faded, and smoothing does not bring it back.
-    """
-    before = list(zip(found, settings, strict=True))
-    for number, cut in enumerate(cuts):
-        while not resolved(found[number], rounding) and cut.size.grow():
-            found[number] = again(number)
-            log.info("%s: the losses of copies hardly differ; noise of %.2g", cut.label, cut.size.typical)
-    heard = [resolved(each, rounding) for each in found]
-    for number, cut in enumerate(cuts):
-        if any(heard) and not heard[number] and cut.size.grown:
-            found[number], settings[number] = before[number]
-            cut.size.shrink()
-        cut.size.rest(resolved(found[number], rounding, _APART))
 
 
 def _mean_losses(clean: Tensor) -> Array:

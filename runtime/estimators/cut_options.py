@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rewriter.runtime.errors import RewriteError
 
 from .baselines import BASELINES, check_baseline
+from .control import CONTROLS
 from .learned_allocation import LEARNED
 from .noise import KINDS
 
@@ -16,7 +17,7 @@ ACROSS = ("uniform", "neyman")
 
 @dataclass(frozen=True)
 class CutOptions:
-    """How to estimate; `UlrCutRule` says what each field does. Raises RewriteError for a value outside its range."""
+    """How to estimate, as the entry `UlrCut` says. Raises RewriteError for a value outside its range."""
 
     copies: int | str = "auto"
     sigma: float | Sequence[float] | str = "auto"
@@ -27,6 +28,7 @@ class CutOptions:
     across: str = "uniform"
     max_rows: int | None = None
     max_failed: float = 0.5
+    control: str = "none"
 
     def __post_init__(self) -> None:
         if self.copies != "auto" and not _is_count(self.copies, 2):
@@ -45,6 +47,7 @@ class CutOptions:
             ("baseline", ("auto", *BASELINES)),
             ("allocation", ALLOCATIONS),
             ("across", ACROSS),
+            ("control", CONTROLS),
             ("antithetic", (False, True)),
         ):
             if getattr(self, name) not in known:

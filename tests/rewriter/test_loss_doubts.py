@@ -81,10 +81,10 @@ def test_copies_do_not_depend_on_the_scale_of_the_loss():
 
 def test_rows_that_do_not_count_get_the_fewest_copies(monkeypatch):
     seen = []
-    own = copies.copy_counts
-    monkeypatch.setattr(copies, "copy_counts", lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1])
+    own = copies.counts_by
+    monkeypatch.setattr(copies, "counts_by", lambda *args: seen.append(own(*args)) or seen[-1])
     loss = functools.partial(F.cross_entropy, reduction="none")
-    step = cuts.cut(Net(), UlrCut("encoder", copies=6, allocation="doubt"), loss=loss)
+    step = cuts.cut(Net(), UlrCut("encoder", copies=6, directions="gaussian", allocation="doubt"), loss=loss)
     weight = torch.ones(len(X), dtype=torch.float64)
     weight[:4] = 0
     step(X, target=Y).backward(weight)

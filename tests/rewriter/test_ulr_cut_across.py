@@ -90,7 +90,7 @@ def test_spelled_right():
     with pytest.raises(RewriteError, match="across='cost'"):
         UlrCut("cell", across="cost")
     with pytest.raises(RewriteError, match="no Sobol sets"):
-        UlrCut("cell", across="neyman", directions="sobol")
+        UlrCut("cell", across="neyman", copies=80, directions="sobol")
     entry = UlrCut("cell", every=2, across="neyman", sigma="learned")
     assert Plan.parse(str(entry)) == Plan([entry])
 

@@ -111,3 +111,9 @@ def error(found, expected):
             return 1.0
         worst = max(worst, float((found[name] - gradient).norm() / gradient.norm()))
     return worst
+
+
+def region_of(step):
+    """The region of the step's only cut or chain of cuts; sub-chains have one of their own."""
+    (region,) = [each for each in step.latest.emitted.regions.values() if isinstance(each.rule, UlrCutRule)]
+    return region

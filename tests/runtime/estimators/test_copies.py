@@ -294,7 +294,8 @@ def test_a_surrogate_is_used_as_far_as_it_correlates(rho):
                 losses, zero, noise, 0.1, directions="gaussian", baseline="clean", valid=valid, control=used
             )
             spreads.append(float((found - g).square().sum(1).mean()))
-        control.observe(losses, along(surrogate, noise, 0.1))
+        predicted = along(surrogate, noise, 0.1)
+        control.observe(*(float((a * b).mean()) for a, b in ((losses, predicted), (predicted,) * 2, (losses,) * 2)))
     assert control.correlation == pytest.approx(rho, abs=0.02)
     assert control.pays == (rho > 0.3)
     assert spreads[3] / spreads[2] == pytest.approx(1 - rho**2 if control.pays else 1, rel=0.05)
