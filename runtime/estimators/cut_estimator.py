@@ -47,11 +47,14 @@ class CutEstimator:
         self.watch = CopyWatch()
         self._counters = {"copies": 0, "width": 0, "rows": 0}
 
-    def settle(self, value: Tensor) -> Settings:
-        """Copies and noise for a batch of rows, (rows, width). Raises RewriteError where they do not fit the width."""
+    def settle(self, value: Tensor, samples: Tensor) -> Settings:
+        """Copies and noise for a batch of rows, (rows, width); samples: (n, m), what the noise is to be small against.
+
+        Raises RewriteError where copies or noise do not fit the width.
+        """
         rows, width = value.shape
         self._counters["rows"], self._counters["width"] = rows, width
-        self.size.observe(value)
+        self.size.observe(samples)
         sigma = self.size.value(value)
         if isinstance(sigma, Tensor) and sigma.shape != (width,):
             raise RewriteError(
@@ -110,6 +113,17 @@ class CutEstimator:
             failed=self.watch.failed,
             bias=f"smoothing over noise of {self.size.typical:.2e}",
         )
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for reports; what is not known before the first backward is None."""
+        quality = self.quality
+        return {
+            "width": self.width,
+            "copies": self.copies,
+            "sigma": self.size.typical if quality else None,
+            "predicted_cosine": quality.predicted_cosine if quality else None,
+            "measured_cosine": quality.measured_cosine if quality else None,
+        }
 
     def get_state(self) -> dict[str, Any]:
         """Running statistics."""
