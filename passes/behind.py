@@ -68,6 +68,20 @@ def behind(program: Program, cut: Sequence[fx.Node]) -> Behind | Refused:
     return Behind(tuple(sorted(found, key=order.__getitem__)), tuple(sorted(sides, key=order.__getitem__)))
 
 
+def behind_all(program: Program, cuts: Sequence[Sequence[fx.Node]]) -> Behind | Refused:
+    """What follows any of several cuts, which need not lie behind each other."""
+    nodes: set[fx.Node] = set()
+    sides: set[fx.Node] = set()
+    for cut in cuts:
+        tail = behind(program, cut)
+        if isinstance(tail, Refused):
+            return tail
+        nodes.update(tail.nodes)
+        sides.update(tail.sides)
+    order = {node: number for number, node in enumerate(program.graph.nodes)}
+    return Behind(tuple(sorted(nodes, key=order.__getitem__)), tuple(sorted(sides - nodes, key=order.__getitem__)))
+
+
 def dropouts(tail: Behind, program: Program) -> list[fx.Node]:
     """The dropouts behind a cut that do something."""
     return [node for node in tail.nodes if _drops(node, program)]
@@ -142,6 +156,11 @@ def against(tail: Behind, cut: Sequence[fx.Node], program: Program) -> Refused |
             remedy = "put it into eval()" if "statistics" in reason or "training" in reason else "cut behind it"
             return Refused(node.name, f"{_EVALUATED}, and {reason}", remedy)
     return None
+
+
+def not_replayable(node: fx.Node, inside: Sequence[fx.Node], program: Program) -> str | None:
+    """Why a node among others cannot be evaluated for one row alone, as in the clean pass."""
+    return "it draws a dropout" if _drops(node, program) else _against(node, set(inside), program)
 
 
 def _against(node: fx.Node, inside: set[fx.Node], program: Program) -> str | None:
@@ -226,7 +245,7 @@ def obstacles(program: Program, tail: Behind, ends: Sequence[fx.Node]) -> dict[f
 
 
 def _smooth(node: fx.Node, program: Program) -> bool:
-    if any(node.name in region.owned for region in program.regions):
+    if node.meta.get(CUT) or any(node.name in region.owned for region in program.regions):
         return True  # its entry sees to its gradient
     value = program.values.get(node.name)
     if isinstance(value, Value) and not value.dtype.is_floating_point:

@@ -11,7 +11,7 @@ from rewriter.runtime.noisy_tail import Course, Stage
 from rewriter.runtime.stacking import Layout
 
 from .base import Refused
-from .behind import CUT, Behind, behind
+from .behind import CUT, behind_all
 from .emit import emit_segment
 from .program import Program, Value
 
@@ -29,13 +29,14 @@ class Outline:
     sides: tuple[fx.Node, ...]
 
 
-def outline_of(program: Program, cuts: Cuts) -> Outline | Refused:
-    """Each node in the first stage that has what it reads; cuts: the values behind each cut, in the graph's order."""
-    tail = behind(program, cuts[0])
+def outline_of(program: Program, cuts: Cuts, beside: Sequence[fx.Node] = ()) -> Outline | Refused:
+    """Each node in the first stage that has what it reads; cuts: the values behind each cut, in the graph's order;
+    beside: further tensors of the clean pass that are needed."""
+    tail = behind_all(program, cuts)
     if isinstance(tail, Refused):
         return tail
     order = {node: number for number, node in enumerate(program.graph.nodes)}
-    handed = {node for cut in cuts[1:] for passed in cut for node in handing(passed)}
+    handed = {node for cut in cuts for passed in cut for node in handing(passed)}
     stages: list[list[fx.Node]] = [[] for _ in cuts]
     first = {node: number for number, cut in enumerate(cuts) for node in cut}
     for node in tail.nodes:
@@ -44,7 +45,11 @@ def outline_of(program: Program, cuts: Cuts) -> Outline | Refused:
             stages[first[node]].append(node)
     made = {node: number for number, nodes in enumerate(stages) for node in nodes}
     made |= {node: number - 1 for number, cut in enumerate(cuts) for node in cut}
-    reads = [tuple(_reads(program, cuts, tail, stages, number)) for number in range(len(cuts))]
+    following = [*cuts[1:], ()]
+    reads = [
+        tuple(read_by(program, nodes, [origin_of(passed) for passed in after]))
+        for nodes, after in zip(stages, following, strict=True)
+    ]
     outputs = program.graph.output_node().all_input_nodes
     live = []
     for number, cut in enumerate(cuts):
@@ -58,7 +63,7 @@ def outline_of(program: Program, cuts: Cuts) -> Outline | Refused:
             return Refused(
                 node.name, "it crosses a cut beside the value there, and has no rows", "compute it where it is used"
             )
-    clean = dict.fromkeys([*crossing, *(node for read in reads for node in read if node not in made)])
+    clean = dict.fromkeys([*crossing, *(node for read in reads for node in read if node not in made), *beside])
     sides = tuple(sorted((node for node in clean if node not in passed), key=order.__getitem__))
     return Outline(tuple(map(tuple, stages)), tuple(reads), tuple(live), sides)
 
@@ -69,9 +74,9 @@ def course_of(program: Program, cuts: Cuts, outline: Outline, places: Mapping[st
     needed = {node for nodes in (*outline.reads, results) for node in nodes}
     stages = []
     for number, nodes in enumerate(outline.nodes):
-        following = [(passed.name, origin(passed)) for passed in cuts[number + 1]] if number + 1 < len(cuts) else []
+        following = [(passed.name, origin_of(passed)) for passed in cuts[number + 1]] if number + 1 < len(cuts) else []
         writes = [(node.name, node) for node in nodes if node in needed] + following
-        graph = _code(program, nodes, outline.reads[number], [node for _, node in writes])
+        graph = code_of(program, nodes, outline.reads[number], [node for _, node in writes])
         segment = emit_segment(f"{label} stage {number}", graph, program)
         stages.append(Stage(segment, _names(outline.reads[number]), tuple([name for name, _ in writes])))
     named = {node for group in (*outline.reads, *outline.live, *cuts, results) for node in group}
@@ -82,7 +87,7 @@ def course_of(program: Program, cuts: Cuts, outline: Outline, places: Mapping[st
         live=tuple(map(_names, outline.live)),
         outputs=_names(results),
         places=places,
-        layouts={node.name: _layout(program, node) for node in named},
+        layouts={node.name: layout_of(program, node) for node in named},
         widest=max([*widths, *(_width(program, node) for node in named)], default=1),
     )
 
@@ -101,7 +106,8 @@ def handing(passed: fx.Node) -> list[fx.Node]:
     return [passed] if passed.meta.get(CUT) else [passed, source]
 
 
-def origin(passed: fx.Node) -> fx.Node:
+def origin_of(passed: fx.Node) -> fx.Node:
+    """The value itself, of what is read behind a cut."""
     return handing(passed)[-1].all_input_nodes[0]
 
 
@@ -114,18 +120,17 @@ def _sources(nodes: Sequence[fx.Node], program: Program) -> Iterator[fx.Node]:
             yield node
 
 
-def _reads(
-    program: Program, cuts: Cuts, tail: Behind, stages: Sequence[Sequence[fx.Node]], number: int
-) -> dict[fx.Node, None]:
-    """Tensors that a stage takes from outside, also to hand them to the next cut."""
-    own = set(stages[number])
-    wanted = [source for node in stages[number] for source in node.all_input_nodes]
-    if number + 1 < len(cuts):
-        wanted += [origin(passed) for passed in cuts[number + 1]]
-    return dict.fromkeys(node for node in _sources(wanted, program) if node not in own)
+def read_by(program: Program, nodes: Sequence[fx.Node], handed: Sequence[fx.Node] = ()) -> list[fx.Node]:
+    """Tensors that nodes take from outside, through numbers and shapes made from them, also to hand them on."""
+    own = set(nodes)
+    wanted = [*(source for node in nodes for source in node.all_input_nodes), *handed]
+    return list(dict.fromkeys(node for node in _sources(wanted, program) if node not in own))
 
 
-def _code(program: Program, nodes: Sequence[fx.Node], reads: Sequence[fx.Node], writes: Sequence[fx.Node]) -> fx.Graph:
+def code_of(
+    program: Program, nodes: Sequence[fx.Node], reads: Sequence[fx.Node], writes: Sequence[fx.Node]
+) -> fx.Graph:
+    """Copies of nodes as a function from `reads` to `writes`."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in reads}
 
@@ -149,7 +154,8 @@ def _names(nodes: Sequence[fx.Node]) -> tuple[str, ...]:
     return tuple([node.name for node in nodes])
 
 
-def _layout(program: Program, node: fx.Node) -> Layout | None:
+def layout_of(program: Program, node: fx.Node) -> Layout | None:
+    """Where the rows of a tensor lie; None where it has none."""
     value = program.values[node.name]
     assert isinstance(value, Value)
     return None if value.rows is None else Layout(value.rows.dimension, value.rows.multiplicity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -11,24 +11,81 @@ from torch import fx
 from rewriter.runtime.ulr_cut import anchor
 
 from .base import Entry, Refused
-from .behind import CUT, against, behind, dropouts, trainable_of, with_masks
-from .course import origin, outline_of
+from .behind import CUT, against, behind_all, dropouts, trainable_of, with_masks
+from .course import origin_of, outline_of, read_by
 from .program import Program, Region, Value, reach
-from .regions import outputs_of
+from .regions import calls_at, outputs_of
+from .row_weights import perturbed, trained_by
 from .structure.operations import writes
 from .sub_chains import Link, read_onward
+from .targets import Place
 
 
-def cut_at(entry: Entry, links: Sequence[Link], name: str, program: Program) -> Program | Refused:
-    """The program cut behind each of some calls, with one region that supplies the gradients there."""
-    passed: list[tuple[str, ...]] = []
+@dataclass(frozen=True)
+class Cut:
+    """name: of the call; passed: names of what is read behind it; layer: of its nodes, where its weights are perturbed
+    in place of its value."""
+
+    name: str
+    passed: tuple[str, ...]
+    layer: tuple[str, ...] = ()
+
+
+def cut_at(
+    entry: Entry, links: Sequence[Link], name: str, program: Program, noise: str = "activation", pattern: bool = False
+) -> Program | Refused:
+    """The program cut behind each of some calls, with one region that supplies the gradients there.
+
+    links: in graph order, inner calls first. noise: as `perturbed` says. pattern: calls that return nothing to cut are
+    passed by.
+    """
+    severed: list[tuple[Region, tuple[str, ...]]] = []
     for link in links:
+        if link.onward is None:
+            link = _renewed(entry, link, program)
+        if pattern and not _cuttable(link, program):
+            program = _passed_by(link, program)
+            continue
         found = _values(link, program)
         if isinstance(found, Refused):
             return found
         program, names = _severed(link, found, program)
-        passed.append(names)
-    return _anchored(Region(name, entry, links[0].call.target, (), tuple(passed)), program)
+        severed.append((link.call, names))
+    if not severed:
+        return Refused(name, "nothing before any of the cuts is trained", "take the entry out, or name other modules")
+    cuts: list[Cut] = []
+    for call, names in severed:
+        layer = perturbed(noise, program, call, names)
+        if isinstance(layer, Refused):
+            return layer
+        cuts.append(Cut(call.name, names, layer))
+    return _anchored(Region(name, entry, links[0].call.target, (), tuple(cuts)), program)
+
+
+def _renewed(entry: Entry, link: Link, program: Program) -> Link:
+    """With the nodes that the call has now: cuts within it are new."""
+    module, _, number = link.call.name.partition("@")
+    calls = calls_at(entry, Place(module, int(number or 0)), program)
+    assert not isinstance(calls, Refused)
+    return replace(link, call=calls[0])
+
+
+def _cuttable(link: Link, program: Program) -> bool:
+    """Whether a call returns something that has rows and that what is trained before it reaches."""
+    return any(
+        _followed(value) and value.rows is not None
+        for node in outputs_of(program, link.call)
+        for value in _flat(program.values.get(node.name))
+    )
+
+
+def _passed_by(link: Link, program: Program) -> Program:
+    """With a note where that leaves something to the next cut."""
+    found = [v for node in outputs_of(program, link.call) for v in _flat(program.values.get(node.name))]
+    if not any(map(_followed, found)):
+        return program
+    note = f"{link.call.name} returns nothing with rows: its gradient comes from the next cut"
+    return program.with_(notes=(*program.notes, note))
 
 
 def _severed(link: Link, found: Sequence[str], program: Program) -> tuple[Program, tuple[str, ...]]:
@@ -92,35 +149,53 @@ def _values(link: Link, program: Program) -> list[str] | Refused:
 
 
 def _anchored(region: Region, program: Program) -> Program | Refused:
-    """With the region: one node behind everything that it reads."""
-    first = [program.node(name) for name in region.parts[0]]
-    tail = behind(program, first)
+    """With the region: one node behind everything that it reads, and the weights whose gradient it supplies."""
+    tail = behind_all(program, cuts_of(program, region))
     if isinstance(tail, Refused):
         return tail
     masked = with_masks(program, dropouts(tail, program))
     if isinstance(masked, Refused):
         return masked
     program = masked
-    cuts = [[program.node(name) for name in names] for names in region.parts]
-    before = [origin(node) for cut in cuts for node in cut]  # a dropout among them is a product by now
-    tail, outline = behind(program, cuts[0]), outline_of(program, cuts)
+    cuts = cuts_of(program, region)
+    before = [origin_of(node) for cut in cuts for node in cut]  # a dropout among them is a product by now
+    tail, outline = behind_all(program, cuts), outline_of(program, cuts, beside_of(program, region))
     if isinstance(tail, Refused) or isinstance(outline, Refused):
         return tail if isinstance(tail, Refused) else outline  # type: ignore[return-value]
-    refused = against(tail, cuts[0], program)
+    refused = against(tail, [node for cut in cuts for node in cut], program)
     if refused is not None:
         return refused
     graph = program.edit()
     own = {node.name: node for node in graph.nodes}
     values = tuple([own[node.name] for node in before])
     sides = tuple([own[side.name] for side in outline.sides])
+    known = dict(program.values)
+    weights: list[fx.Node] = []
     with graph.inserting_before(graph.output_node()):
-        node = graph.call_function(anchor, (values, sides, tuple(graph.output_node().all_input_nodes)))
-    node.meta["block"] = ()
+        for path in trained_by(program, [name for cut in region.parts for name in cut.layer]):
+            weights.append(graph.get_attr(path))
+            weight = program.attribute(path)
+            known[weights[-1].name] = Value(tuple(weight.shape), weight.dtype, None, True)
+        read = (values, sides, tuple(graph.output_node().all_input_nodes), *([tuple(weights)] if weights else []))
+        node = graph.call_function(anchor, read)
+    for each in (*weights, node):
+        each.meta["block"] = ()
     like = program.values[before[0].name]
     assert isinstance(like, Value)
-    known = {**program.values, node.name: Value((), like.dtype, None, True)}
-    region = replace(region, owned=(node.name,))
+    known[node.name] = Value((), like.dtype, None, True)
+    region = replace(region, owned=tuple([each.name for each in (*weights, node)]))
     return program.with_(graph=graph, values=known, regions=(*program.regions, region))
+
+
+def cuts_of(program: Program, region: Region) -> list[list[fx.Node]]:
+    """The nodes read behind each cut."""
+    return [[program.node(name) for name in cut.passed] for cut in region.parts]
+
+
+def beside_of(program: Program, region: Region) -> list[fx.Node]:
+    """What the layers read whose weights are perturbed."""
+    layers = [[program.node(name) for name in cut.layer] for cut in region.parts if cut.layer]
+    return list(dict.fromkeys(node for layer in layers for node in read_by(program, layer)))
 
 
 def _around(node: fx.Node, module: str) -> tuple[Any, ...]:

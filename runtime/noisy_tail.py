@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import RewriteError
 from .objective import Copied, Objective
+from .row_weights import RowWeights, flat, unflat
 from .segment import Segment
 from .stacking import Layout
 
@@ -35,8 +36,9 @@ class Course:
     cuts: names of the values behind each; stages: one behind each; live: per cut, the names that copies which join
     there must have beside the values; outputs: names. places: by name, where among the region's inputs the clean
     values lie, of the cuts' values those before the cut. layouts: by name, None where a value has no rows. widest:
-    elements per row of the widest value. window: stages that copies run through, None for all: what later ones make is
-    then that of the clean pass.
+    elements per row of the widest value. layers: by number of a cut, the layer before it where its weights are
+    perturbed in place of the values; names: of the cuts, for messages. window: stages that copies run through, None for
+    all: what later ones make is then that of the clean pass.
     """
 
     cuts: tuple[tuple[str, ...], ...]
@@ -46,6 +48,8 @@ class Course:
     places: Mapping[str, int]
     layouts: Mapping[str, Layout | None]
     widest: int
+    layers: Mapping[int, RowWeights] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
     window: int | None = None
 
     def length(self, cut: int, window: int | None) -> int:
@@ -66,7 +70,7 @@ class Course:
 
 
 class Request(NamedTuple):
-    """Rows, (n,), with values, (n, width), at a cut."""
+    """Rows, (n,), with values, (n, width), at a cut: of what is perturbed there."""
 
     cut: int
     source: Tensor
@@ -83,20 +87,33 @@ class _Part(NamedTuple):
 class NoisyTail:
     """One forward pass's tail: its clean values, the loss, and how many rows it has been evaluated on.
 
-    inputs: the region's, kept by the forward. `values` are (rows, width), float32 or wider, one for each cut: the
-    tensors there side by side. Evaluations leave torch's random numbers alone. watch(cut, moved, changed) is told
-    of all copies how far their values moved, (n, width), and how the flat outputs changed, (n, outputs).
+    inputs, parameters: the region's, kept by the forward. `values` are (rows, width), float32 or wider, one for each
+    cut, of what is perturbed there: the tensors side by side, or the weights of the layer before them, the same in each
+    row. Evaluations leave torch's random numbers alone. watch(cut, moved, changed) is told of all copies how far their
+    values moved, (n, width), and how the flat outputs changed, (n, outputs).
     """
 
-    def __init__(self, course: Course, inputs: Sequence[Tensor], objective: Objective, max_rows: int | None) -> None:
+    def __init__(
+        self,
+        course: Course,
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        objective: Objective,
+        max_rows: int | None,
+    ) -> None:
         self.course, self.objective = course, objective
+        self.weights = {cut: layer.of(parameters) for cut, layer in course.layers.items()}
         self._inputs = {name: inputs[place] for name, place in course.places.items()}
         self.outputs = [self._inputs[name] for name in course.outputs]
-        self.max_rows = max_rows or max(1, _ELEMENTS // max(1, course.widest))
+        numbers = [sum(weight.numel() for weight in weights) for weights in self.weights.values()]
+        self.max_rows = max_rows or max(1, _ELEMENTS // max(1, course.widest, *numbers))
         self.evaluated = self.staged = self.calls = 0
         self.at = [[self._inputs[name] for name in names] for names in course.cuts]
         self.rows = course.layout(course.cuts[0][0]).rows(self.at[0][0])
-        self.values = [self.side_by_side(cut, tensors) for cut, tensors in enumerate(self.at)]
+        self.values = [
+            flat(self.weights[cut]).expand(self.rows, -1) if cut in self.weights else self.side_by_side(cut, tensors)
+            for cut, tensors in enumerate(self.at)
+        ]
         self.clean = self.weighed(objective.rows(self.outputs, None), None)
         self.watch: Callable[[int, Tensor, Tensor], None] | None = None
 
@@ -110,6 +127,10 @@ class NoisyTail:
         """(multiplicity, the other dimensions) of a row in each tensor at a cut."""
         layouts = [self.course.layout(name) for name in self.course.cuts[cut]]
         return [tuple(each.split(value).shape[1:]) for each, value in zip(layouts, self.at[cut], strict=True)]
+
+    def weighed_against(self, cut: int) -> Tensor:
+        """Samples, (n, width), with whose deviation noise there is compared."""
+        return self.values[cut][0, :, None] if cut in self.weights else self.values[cut]
 
     @property
     def scale(self) -> Tensor:
@@ -167,7 +188,7 @@ class NoisyTail:
     def _evaluated(self, requests: list[Request]) -> Tensor:
         generator = torch.get_rng_state()
         with torch.no_grad():
-            given = [(request.source, self.given(request.cut, request.value)) for request in requests]
+            given = [(request.source, self._arising(*request)) for request in requests]
             source, outputs = self.swept([request.cut for request in requests], given, self.course.window)
             found = self.objective.rows(outputs, Copied(source, self.rows, self.outputs))
         torch.set_rng_state(generator)  # a box may have drawn seeds
@@ -236,7 +257,18 @@ class NoisyTail:
         layout = self.course.layouts[name]
         return self._inputs[name] if layout is None else layout.take(self._inputs[name], source)
 
-    def given(self, cut: int, value: Tensor) -> list[Tensor]:
+    def _arising(self, cut: int, source: Tensor, value: Tensor) -> list[Tensor]:
+        """The tensors at a cut, for rows, (n,), with values, (n, width), of what is perturbed there."""
+        if cut not in self.weights:
+            return self._given(cut, value)
+        layer = self.course.layers[cut]
+        taken = [
+            self._inputs[name] if layout is None else layout.take(self._inputs[name], source)
+            for name, layout in zip(layer.reads, layer.layouts, strict=True)
+        ]
+        return layer.run(taken, unflat(value, self.weights[cut]))
+
+    def _given(self, cut: int, value: Tensor) -> list[Tensor]:
         """Rows of values side by side, (n, width), as the tensors at a cut."""
         layouts = [self.course.layout(name) for name in self.course.cuts[cut]]
         shapes = [layout.split(like).shape[1:] for layout, like in zip(layouts, self.at[cut], strict=True)]
@@ -246,19 +278,32 @@ class NoisyTail:
             for layout, part, shape, like in zip(layouts, parts, shapes, self.at[cut], strict=True)
         ]
 
+    def gradients(self, cut: int, rows: Tensor) -> list[Tensor]:
+        """From a gradient of each row, (rows, width), those of the tensors at a cut, or of the layer's weights."""
+        if cut in self.weights:
+            return unflat(rows.sum(0), self.weights[cut])
+        return self._given(cut, rows)
+
     def gradient(self, cut: int) -> list[Tensor | None]:
-        """Of the clean loss in each tensor at a cut, by ordinary differentiation of the whole tail; or None.
+        """Of the clean loss in what is perturbed at a cut, by ordinary differentiation of the whole tail; or None.
 
         Raises what differentiating the tail raises.
         """
+        every = torch.arange(self.rows, device=self.values[cut].device)
         with torch.enable_grad():
-            values = [value.detach().requires_grad_() for value in self.at[cut]]
-            every = torch.arange(self.rows, device=values[0].device)
-            _, outputs = self.swept([cut], [(every, [value.clone() for value in values])], None)
+            if cut in self.weights:
+                leaves = [self.values[cut].clone().requires_grad_()]
+                values = self._arising(cut, every, leaves[0])
+            else:
+                leaves = [value.detach().requires_grad_() for value in self.at[cut]]
+                values = [leaf.clone() for leaf in leaves]
+            _, outputs = self.swept([cut], [(every, values)], None)
             loss = self.weighed(self.objective.rows(outputs, None), None).sum()
             if not loss.requires_grad:
-                return [None] * len(values)
-            found = torch.autograd.grad(loss, values, allow_unused=True)
+                return [None] * len(self.weights.get(cut, leaves))
+            found = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+        if cut in self.weights:
+            found = [None] * len(self.weights[cut]) if found[0] is None else self.gradients(cut, found[0])
         return [None if each is None else each * self.scale.to(each.dtype) for each in found]
 
     def prove(self, cut: int, region: str, noise: Tensor, eps: float) -> None:

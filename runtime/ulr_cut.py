@@ -29,15 +29,20 @@ Learnt = tuple[Tensor, Tensor] | None  # log_sigma, and the channel of each elem
 _PROOFS = 2  # batches on which the tail is seen to treat rows alone
 
 
-def anchor(values: tuple[Tensor, ...], sides: tuple[Tensor, ...], outputs: tuple[Any, ...]) -> Tensor:
+def anchor(
+    values: tuple[Tensor, ...], sides: tuple[Tensor, ...], outputs: tuple[Any, ...], weights: tuple[Tensor, ...] = ()
+) -> Tensor:
     """Zero: what stands in the graph for the region, behind everything that it reads."""
     return torch.zeros((), dtype=values[0].dtype, device=values[0].device)
 
 
 @dataclass(slots=True)
 class _Memory:
-    """learning: cuts whose log_sigma asks for a gradient; settings: of each cut, once used."""
+    """inputs, weights: numbers of them among the tensors kept, which log_sigmas follow; learning: cuts whose log_sigma
+    asks for a gradient; settings: of each cut, once used."""
 
+    inputs: int
+    weights: int
     learning: tuple[int, ...] = ()
     settings: list[Settings] | None = None
 
@@ -46,7 +51,8 @@ class _Memory:
 class TailFacts:
     """What is known of what follows the cuts before it runs.
 
-    kind: "box", "steps" (every way to the loss meets an operation without a derivative), "frozen" or "trainable";
+    kind: "box", "steps" (every way to the loss meets an operation without a derivative), "frozen", "trainable", or
+    "layers" (trained, and cut off from the outputs itself);
     ratios: for each cut, cost of a step without copies in units of one copy; costs: of one copy, in units of the first
     cut's; noisy: a box there answers differently every time.
     """
@@ -68,7 +74,9 @@ class UlrCutRule:
     def __init__(self, course: Course, options: CutOptions, facts: TailFacts, ledger: Ledger, label: str) -> None:
         self.course, self.options, self.facts, self.ledger, self.label = course, options, facts, ledger, label
         self.history = History()
-        self.cuts = [CutEstimator(options, ratio, label) for ratio in facts.ratios]
+        several = len(course.names) > 1
+        labels = [f"{label}: {name}" if several else label for name in course.names]
+        self.cuts = [CutEstimator(options, ratio, own) for ratio, own in zip(facts.ratios, labels, strict=True)]
         self.noise: nn.ModuleList | None = None
         self._parameters = ParameterCosine()
         self._counters = {"backwards": 0, "proofs": 0}
@@ -78,7 +86,9 @@ class UlrCutRule:
     def learn_with(self, other: UlrCutRule) -> None:
         """Shares what is learnt with the rule of another capture, as far as that has the same cuts."""
         self.history, self._parameters = other.history, other._parameters
-        self.cuts[: len(other.cuts)] = other.cuts[: len(self.cuts)]
+        for number, cut in enumerate(other.cuts[: len(self.cuts)]):
+            if (number in self.course.layers) == (number in other.course.layers):
+                self.cuts[number] = cut
 
     def forward(self, call: Call, inputs: tuple[Any, ...], parameters: tuple[Tensor, ...]) -> Taken:
         """Keeps what backward evaluates; nothing is computed. Raises RewriteError where there is no loss."""
@@ -90,14 +100,28 @@ class UlrCutRule:
                 remedy="rewrite(model, plan, loss=...) and step(x, target=y); for outputs alone, step.eval() or "
                 "torch.no_grad()",
             )
+        self._refuse_unsupplied(call, len(inputs))
         sizes = sizes_of(self.noise, len(self.cuts))
         learning = tuple([cut for cut, size in enumerate(sizes) if size.requires_grad])
-        kept = (*inputs, *(size.detach() for size in sizes))
-        return Taken((anchor((inputs[self._values[0][0]],), (), ()),), kept, _Memory(learning))
+        weights = parameters[: len(parameters) - len(learning)]
+        kept = (*inputs, *weights, *(size.detach() for size in sizes))
+        memory = _Memory(len(inputs), len(weights), learning)
+        return Taken((anchor((inputs[self._values[0][0]],), (), ()),), kept, memory)
 
     def trainable(self) -> tuple[Tensor, ...]:
         """The learnt standard deviations, cut by cut."""
         return tuple([size for size in sizes_of(self.noise, len(self.cuts)) if size.requires_grad])
+
+    def _refuse_unsupplied(self, call: Call, inputs: int) -> None:
+        """Raises RewriteError where something before a layer needs a gradient, and there is noise in its weights."""
+        supplied = {place for cut, own in enumerate(self._values) if cut not in self.course.layers for place in own}
+        if any(need and place not in supplied for place, need in enumerate(call.needed[:inputs])):
+            raise RewriteError(
+                "an input of a layer with noise in its weights needs a gradient",
+                where=call.region,
+                why="such noise says how the loss depends on the weights, and nothing of what the layer reads",
+                remedy='noise="activation", or requires_grad_(False) on that input',
+            )
 
     def backward(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """Gradients of the values at the cuts; the cotangent of the loss is the objective's, the anchor's is ignored.
@@ -110,7 +134,7 @@ class UlrCutRule:
         memory, tail = taken.memory, self._tail(call, taken)
         assert isinstance(memory, _Memory)
         if not all(value.numel() for value in tail.values):
-            return self._divided(tail, [torch.zeros_like(value) for value in tail.values], needed)
+            return self._divided(taken, tail, [torch.zeros_like(value) for value in tail.values], needed)
         first = memory.settings is None
         learnt = self._learnt(tail, taken)
         if first:
@@ -132,7 +156,7 @@ class UlrCutRule:
                 cut.halves.record(a.gradient, b.gradient, own.copies)
             if self.quality is not None:
                 self.history.append(call.key.forward, self.quality)
-        gradients = self._divided(tail, [each.gradient for each in found], needed)
+        gradients = self._divided(taken, tail, [each.gradient for each in found], needed)
         sizes = [
             size_gradient(learnt[cut], found[cut].sizes, settings[cut].held, tail.scale) for cut in memory.learning
         ]
@@ -141,10 +165,7 @@ class UlrCutRule:
     def exact(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """As `backward`, by ordinary differentiation of the clean tail; zero or None where it has no derivative."""
         tail = self._tail(call, taken)
-        gradients: dict[int, Tensor | None] = {}
-        for cut, places in enumerate(self._values):
-            gradients.update(zip(places, tail.gradient(cut), strict=True))
-        return tuple([gradients.get(place) if need else None for place, need in enumerate(needed)])
+        return self._placed(taken, [tail.gradient(cut) for cut in range(len(self.cuts))], needed)
 
     def averaged(self, call: Call, taken: Taken, needed: tuple[bool, ...], times: int) -> Gradients:
         """As `backward`, the mean of `times` further estimates, counted as "check"."""
@@ -153,11 +174,14 @@ class UlrCutRule:
         assert memory.settings is not None
         found = [self._estimates(call, tail, memory.settings, f"check{number}", "check") for number in range(times)]
         means = [torch.stack([each.gradient for each in one]).mean(0) for one in zip(*found, strict=True)]
-        return self._divided(tail, means, needed)
+        return self._divided(taken, tail, means, needed)
 
     def _tail(self, call: Call, taken: Taken) -> NoisyTail:
         assert call.objective is not None
-        return NoisyTail(self.course, taken.tensors, call.objective, self.options.max_rows)
+        assert isinstance(taken.memory, _Memory)
+        inputs, weights = taken.memory.inputs, taken.memory.weights
+        kept = taken.tensors[:inputs], taken.tensors[inputs : inputs + weights]
+        return NoisyTail(self.course, *kept, call.objective, self.options.max_rows)
 
     def _learnt(self, tail: NoisyTail, taken: Taken) -> list[Learnt]:
         """For each cut, where its noise is learnt: log_sigma as it was in forward, and the channel of each element."""
@@ -173,7 +197,10 @@ class UlrCutRule:
         share_signal(self.cuts)
         if self.options.across == "neyman":
             share_copies(self.cuts, self.facts.costs, self.options.antithetic)
-        settings = [cut.settle(value, own) for cut, value, own in zip(self.cuts, tail.values, learnt, strict=True)]
+        settings = [
+            cut.settle(tail.values[number], tail.weighed_against(number), learnt[number])
+            for number, cut in enumerate(self.cuts)
+        ]
         if counters["proofs"] < _PROOFS and not self.facts.noisy and tail.clean.isfinite().all():
             counters["proofs"] += 1
             generator = torch.Generator().manual_seed(call.key.forward)
@@ -224,12 +251,21 @@ class UlrCutRule:
         self.ledger.add(region, calls=tail.calls, stages=tail.staged, **{purpose: tail.evaluated})
         tail.calls = tail.evaluated = tail.staged = 0
 
-    def _divided(self, tail: NoisyTail, found: Sequence[Tensor], needed: tuple[bool, ...]) -> Gradients:
-        """In each value's layout and dtype, times the loss's cotangent."""
+    def _divided(self, taken: Taken, tail: NoisyTail, found: Sequence[Tensor], needed: tuple[bool, ...]) -> Gradients:
+        """In the layout and dtype of each value or weight, times the loss's cotangent."""
+        scaled = [gradient * tail.scale.to(gradient.dtype) for gradient in found]
+        return self._placed(taken, [tail.gradients(cut, rows) for cut, rows in enumerate(scaled)], needed)
+
+    def _placed(self, taken: Taken, found: Sequence[Sequence[Tensor | None]], needed: tuple[bool, ...]) -> Gradients:
+        """Of each input and parameter; a weight that several cuts perturb gets the sum."""
+        assert isinstance(taken.memory, _Memory)
         gradients: dict[int, Tensor] = {}
-        for cut, (places, gradient) in enumerate(zip(self._values, found, strict=True)):
-            scaled = gradient * tail.scale.to(gradient.dtype)
-            gradients.update(zip(places, tail.given(cut, scaled), strict=True))
+        for cut, own in enumerate(found):
+            layer = self.course.layers.get(cut)
+            places = self._values[cut] if layer is None else [taken.memory.inputs + place for place in layer.places]
+            for place, gradient in zip(places, own, strict=True):
+                if gradient is not None:
+                    gradients[place] = gradients[place] + gradient if place in gradients else gradient
         return tuple([gradients.get(place) if need else None for place, need in enumerate(needed)])
 
     def record(self, forward: int, signal: float, noise: float) -> None:
@@ -282,6 +318,10 @@ class UlrCutRule:
             "parameter_cosine": quality.parameter_cosine if quality else None,
             "bias": quality.bias if quality else None,
             "rows_per_backward": sum(each or 0 for each in rows) or None,
+            "layers": [
+                {"name": name, "noise": "weight" if number in self.course.layers else "activation", **cut.describe()}
+                for number, (name, cut) in enumerate(zip(self.course.names, self.cuts, strict=True))
+            ],
         }
 
     def get_state(self) -> dict[str, Any]:

@@ -67,14 +67,15 @@ class CutEstimator:
         """So many of a row from now on, in place of `wanted`: the chain's budget is shared by what is measured."""
         self._counters["assigned"] = copies
 
-    def settle(self, value: Tensor, learnt: tuple[Tensor, Tensor] | None = None) -> Settings:
-        """Copies and noise for a batch of rows, (rows, width). Raises RewriteError where they do not fit the width.
+    def settle(self, value: Tensor, samples: Tensor, learnt: tuple[Tensor, Tensor] | None = None) -> Settings:
+        """Copies and noise for a batch of rows, (rows, width); samples: (n, m), what the noise is to be small against.
 
-        learnt: logarithms of standard deviations, (channels,), and the channel of each element, (width,).
+        learnt: logarithms of standard deviations, (channels,), and the channel of each element, (width,). Raises
+        RewriteError where copies or noise do not fit the width.
         """
         rows, width = value.shape
         self._counters["rows"], self._counters["width"] = rows, width
-        self.size.observe(value)
+        self.size.observe(samples)
         sigma, held = self.sized(value, learnt)
         if isinstance(sigma, Tensor) and sigma.shape != (width,):
             raise RewriteError(
@@ -168,6 +169,17 @@ class CutEstimator:
             failed=self.watch.failed,
             bias=f"smoothing over noise of {self.size.typical:.2e}",
         )
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for reports; what is not known before the first backward is None."""
+        quality = self.quality
+        return {
+            "width": self.width,
+            "copies": self.copies,
+            "sigma": self.size.typical if quality else None,
+            "predicted_cosine": quality.predicted_cosine if quality else None,
+            "measured_cosine": quality.measured_cosine if quality else None,
+        }
 
     def get_state(self) -> dict[str, Any]:
         """Running statistics."""

@@ -80,7 +80,7 @@ def test_a_control_that_knows_the_noise_is_biased(monkeypatch):
 
     def settled(call, tail, learnt):
         cheating.call = call
-        return settle(call, tail)
+        return settle(call, tail, learnt)
 
     monkeypatch.setattr(region.rule, "_settle", settled)
     assert largest_z(sampled(step, 40), exact()) > 4.8

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from digits import digits
 from torch import nn
 
 from rewriter import UlrCut, rewrite
@@ -23,14 +23,6 @@ class Spiking(nn.Module):
             spikes = (potential > 1).float()
             rates = rates + spikes / self.steps
         return self.readout(rates)
-
-
-def digits():
-    data = load_digits()
-    x = torch.from_numpy(data.data).float() / 16
-    y = torch.from_numpy(data.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return (x[order[:1400]], y[order[:1400]]), (x[order[1400:]], y[order[1400:]])
 
 
 def accuracy(plan, epochs):
