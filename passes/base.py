@@ -6,7 +6,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -128,6 +128,7 @@ def run(passes: Iterable[Pass], program: Program, history: list[Step] | None = N
         if isinstance(outcome, Refused):
             what = outcome.what or f"{_label(each)} does not apply"
             raise RewriteError(what, where=outcome.node, why=outcome.reason, remedy=outcome.remedy)
+        outcome = _distinct(outcome, program)
         outcome.verify()
         seconds = time.perf_counter() - start
         count = len(outcome.graph.nodes)
@@ -135,6 +136,17 @@ def run(passes: Iterable[Pass], program: Program, history: list[Step] | None = N
         log.debug("%s: %d -> %d nodes in %.1f ms", _label(each), before, count, 1e3 * seconds)
         program = outcome
     return program, history
+
+
+def _distinct(program: Program, before: Program) -> Program:
+    """With other names for new regions whose names are taken: two entries may rule neighbours in one module."""
+    known = len(before.regions)
+    taken = {region.name for region in program.regions[:known]}
+    new = [
+        replace(region, name=f"{region.name} ({region.entry.name})") if region.name in taken else region
+        for region in program.regions[known:]
+    ]
+    return program if new == list(program.regions[known:]) else program.with_(regions=(*before.regions, *new))
 
 
 def _label(each: Any) -> str:

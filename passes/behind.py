@@ -55,7 +55,12 @@ def behind(program: Program, cut: Sequence[fx.Node]) -> Behind | Refused:
         if node in cut or node in found or node in sides:
             continue
         value = program.values.get(node.name)
-        if node.meta.get(REPLAYED) or (node not in after and isinstance(value, Value) and node.op != "get_attr"):
+        # As on the tape, what the model detaches is a constant: copies read the clean pass's.
+        if (
+            node.meta.get(REPLAYED)
+            or _detaches(node)
+            or (node not in after and isinstance(value, Value) and node.op != "get_attr")
+        ):
             sides[node] = None
             continue
         if node not in after:
@@ -66,6 +71,10 @@ def behind(program: Program, cut: Sequence[fx.Node]) -> Behind | Refused:
         stack.extend(node.all_input_nodes)
     order = {node: number for number, node in enumerate(program.graph.nodes)}
     return Behind(tuple(sorted(found, key=order.__getitem__)), tuple(sorted(sides, key=order.__getitem__)))
+
+
+def _detaches(node: fx.Node) -> bool:
+    return node.target in ("detach", torch.detach) and not node.meta.get(CUT)
 
 
 def behind_all(program: Program, cuts: Sequence[Sequence[fx.Node]]) -> Behind | Refused:
@@ -123,7 +132,10 @@ def with_masks(program: Program, nodes: Sequence[fx.Node]) -> Program | Refused:
         with graph.inserting_before(dropout):
             ones = graph.call_function(torch.ones_like, (source,))
             mask = graph.node_copy(dropout, lambda node, s=source, o=ones: o if node is s else node)  # type: ignore[misc]
-            product = graph.call_function(torch.mul, (source, mask))
+            into = writes(dropout, program.module)
+            product = (
+                graph.call_method("mul_", (source, mask)) if into else graph.call_function(torch.mul, (source, mask))
+            )
         before = program.values[name]
         assert isinstance(before, Value)
         for node in (ones, mask, product):
@@ -178,6 +190,8 @@ def _against(node: fx.Node, inside: set[fx.Node], program: Program) -> str | Non
         reason = _of_part(part)
         if reason is not None:
             return f"{name} ({type(part).__name__}) {reason}"
+    if node.name in program.effects and any(True for _ in module.buffers()):
+        return f"{target} changes its buffers in training, which every evaluation of copies would do again"
     return None
 
 

@@ -98,12 +98,12 @@ def _severed(link: Link, found: Sequence[str], program: Program) -> tuple[Progra
     for name in found:
         node = own[name]
         users = read_onward(node, call.owned, link.onward)
-        copied = any(user.all_input_nodes[:1] == [node] and writes(user, program.module) for user in users)
+        copied = _written(node, program)
         last = own[call.owned[-1]]
         with graph.inserting_after(last):
             new = graph.call_method("detach", (node,))
         new.meta[CUT] = True
-        if copied:  # a write in place must not reach the value that is kept
+        if copied:  # a write in place, perhaps through a view, must not reach the value that is kept
             with graph.inserting_after(new):
                 new = graph.call_method("clone", (new,))
         for each in {new, new.all_input_nodes[0]} - {node}:
@@ -115,37 +115,61 @@ def _severed(link: Link, found: Sequence[str], program: Program) -> tuple[Progra
     return _blocked(program.with_(graph=graph, values=values), passed), tuple(passed)
 
 
+def _written(node: fx.Node, program: Program) -> bool:
+    """Whether something that follows may write into a value: into whatever is no layer's own result."""
+    after = [node, *reach([node])]
+    for each in after:
+        if writes(each, program.module) and each.all_input_nodes:
+            source = each.all_input_nodes[0]
+            if source in after and not (source.op == "call_module" and [*trainable_of(source, program)]):
+                return True
+    return False
+
+
 def _values(link: Link, program: Program) -> list[str] | Refused:
     """Names of the floating tensors that a call returns, and that the next one needs where there is one."""
     found: list[str] = []
+    constant = False
     call = link.call
     for node in outputs_of(program, call):
-        if not read_onward(node, call.owned, link.onward):
+        users = [user for user in read_onward(node, call.owned, link.onward) if user.target is not anchor]
+        if not users or node.meta.get(CUT):
             continue
-        value = program.values.get(node.name)
-        if not isinstance(value, Value):
-            return Refused(
-                f"{call.name}: {node.name}",
-                "a tuple as a whole, or a number, crosses the cut",
-                "take tuples apart where they are returned",
-            )
-        if not value.dtype.is_floating_point:
-            continue
-        if value.rows is None:
-            return Refused(
-                f"{call.name}: {node.name}",
-                f"no row index was found in the value {value}: it did not change with the batch size, or the model "
-                "takes one batch size only",
-                "cut where every row has its own value",
-            )
-        found.append(node.name)
-    if not found:
-        return Refused(call.name, "it returns no floating tensor that anything reads", "cut behind another module")
-    if not any(_differentiable(program, name) for name in found):
+        refused = _against(node, users, program)
+        if refused is not None:
+            return replace(refused, node=f"{call.name}: {node.name}")
+        value = program.values[node.name]
+        assert isinstance(value, Value)
+        if value.dtype.is_floating_point and value.differentiable:
+            found.append(node.name)
+        constant |= value.dtype.is_floating_point  # noise there would only add variance
+    if not found and constant:
         return Refused(
             call.name, "nothing before the cut is trained", "take the entry out, or cut where something before it is"
         )
+    if not found:
+        return Refused(call.name, "it returns no floating tensor that anything reads", "cut behind another module")
     return found
+
+
+def _against(node: fx.Node, users: Sequence[fx.Node], program: Program) -> Refused | None:
+    """Why a value cannot be cut."""
+    if any(user.meta.get(CUT) for user in users):
+        return Refused("", "another UlrCut cuts it already", "take one of the two out of the plan")
+    within = next((r for r in program.regions for user in users if {node.name, user.name} <= {*r.owned}), None)
+    if within is not None:
+        return Refused("", f"it lies inside {within.entry}", "cut before or behind that")
+    value = program.values.get(node.name)
+    if not isinstance(value, Value):
+        reason = "a tuple as a whole, or a number, crosses the cut"
+        return Refused("", reason, "take tuples apart where they are returned")
+    if value.dtype.is_floating_point and value.differentiable and value.rows is None:
+        reason = (
+            f"no row index was found in the value {value}: it did not change with the batch size, or the model takes "
+            "one batch size only"
+        )
+        return Refused("", reason, "cut where every row has its own value")
+    return None
 
 
 def _anchored(region: Region, program: Program) -> Program | Refused:
@@ -162,9 +186,12 @@ def _anchored(region: Region, program: Program) -> Program | Refused:
     tail, outline = behind_all(program, cuts), outline_of(program, cuts, beside_of(program, region))
     if isinstance(tail, Refused) or isinstance(outline, Refused):
         return tail if isinstance(tail, Refused) else outline  # type: ignore[return-value]
-    refused = against(tail, [node for cut in cuts for node in cut], program)
+    passed = [node for cut in cuts for node in cut]
+    refused = against(tail, passed, program)
     if refused is not None:
         return refused
+    if not any(source in passed for node in tail.nodes for source in node.all_input_nodes):
+        return Refused(region.name, "nothing that the outputs need reads it but through detach()", "take detach() out")
     graph = program.edit()
     own = {node.name: node for node in graph.nodes}
     values = tuple([own[node.name] for node in before])
@@ -207,11 +234,6 @@ def _around(node: fx.Node, module: str) -> tuple[Any, ...]:
 
 def _detached(value: Any) -> Any:
     return Value(value.shape, value.dtype, value.rows, False)
-
-
-def _differentiable(program: Program, name: str) -> bool:
-    value = program.values.get(name)
-    return isinstance(value, Value) and value.differentiable
 
 
 def _blocked(program: Program, passed: Sequence[str]) -> Program:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import fx
 
 from rewriter.runtime.boxes import Box
+from rewriter.runtime.cut_facts import TailFacts
 from rewriter.runtime.errors import RewriteError
-from rewriter.runtime.ulr_cut import TailFacts
 
 from .behind import Behind, obstacles, trainable_of
 from .program import Cost, Program, Region, Value, holds_box, is_box_call

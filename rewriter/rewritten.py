@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.utils._pytree import tree_leaves
 
 from rewriter.passes.base import Step
 from rewriter.passes.partition import readable
@@ -116,7 +117,8 @@ class Rewritten(nn.Module):
             found: torch.Tensor | None = own.doubts(rebuild(outputs), target)
             return found
 
-        return Objective(lambda outputs: own(rebuild(outputs), target), tensors, rows, doubts)
+        read = [leaf for leaf in tree_leaves(target) if isinstance(leaf, torch.Tensor)]
+        return Objective(lambda outputs: own(rebuild(outputs), target), tensors, rows, doubts, read)
 
     def _emitted_forward(self, *args: Any, **kwargs: Any) -> Any:
         variant, tensors = self._variant(args, kwargs)

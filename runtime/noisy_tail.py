@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,6 @@ from .segment import Segment
 from .stacking import Layout
 
 _ELEMENTS = 2**24  # of the widest value in one evaluation, unless the user says how many rows
-_TOLERANCE = 1e3  # in units of rounding
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class NoisyTail:
         """(rows, width), float32 or wider, from tensors that lie as those at a cut."""
         wide = torch.float64 if any(value.dtype is torch.float64 for value in tensors) else torch.float32
         split = [self.course.layout(n).split(v) for n, v in zip(self.course.cuts[cut], tensors, strict=True)]
-        return torch.cat([each.reshape(self.rows, -1).to(wide) for each in split], 1)
+        return torch.cat([each.flatten(1).to(wide) for each in split], 1)
 
     def shapes(self, cut: int) -> list[tuple[int, ...]]:
         """(multiplicity, the other dimensions) of a row in each tensor at a cut."""
@@ -131,6 +131,10 @@ class NoisyTail:
     def weighed_against(self, cut: int) -> Tensor:
         """Samples, (n, width), with whose deviation noise there is compared."""
         return self.values[cut][0, :, None] if cut in self.weights else self.values[cut]
+
+    def parts(self, cut: int) -> list[int]:
+        """Widths of what `weighed_against` has side by side."""
+        return [1] if cut in self.weights else [math.prod(shape) for shape in self.shapes(cut)]
 
     @property
     def scale(self) -> Tensor:
@@ -305,35 +309,3 @@ class NoisyTail:
         if cut in self.weights:
             found = [None] * len(self.weights[cut]) if found[0] is None else self.gradients(cut, found[0])
         return [None if each is None else each * self.scale.to(each.dtype) for each in found]
-
-    def prove(self, cut: int, region: str, noise: Tensor, eps: float) -> None:
-        """Raises RewriteError where rows have other losses once they are copies, or with other rows beside them.
-
-        noise: (rows, width), of the size to be used; eps: relative rounding of what computes the losses.
-        """
-        limit = _TOLERANCE * eps * float(self.clean.double().nan_to_num().abs().max())
-        order = torch.arange(self.rows, device=noise.device)
-        value = self.values[cut]
-        again = self.losses([Request(cut, order.flip(0), value.flip(0))])[0].flip(0)
-        if not _alike(again, self.clean, limit):
-            raise RewriteError(
-                "what follows a cut cannot be evaluated on copies of rows",
-                where=region,
-                why="evaluated again without noise, in another order, it gives rows other losses "
-                f"(by up to {float((again - self.clean).abs().max()):.2g}): it couples rows, draws random numbers, "
-                "or changes what it reads",
-                remedy="put such a part into eval(), or before the cut",
-            )
-        moved = order % 2 == 0
-        beside = self.losses([Request(cut, order, value + torch.where(moved[:, None], noise, 0))])[0]
-        if not _alike(beside[~moved], self.clean[~moved], limit):
-            raise RewriteError(
-                "what follows a cut couples the rows of a batch",
-                where=region,
-                why="the losses of some rows change with the noise of others",
-                remedy="cut behind what couples them, or give it the statistics of eval()",
-            )
-
-
-def _alike(found: Tensor, expected: Tensor, limit: float) -> bool:
-    return torch.allclose(found.double(), expected.double(), rtol=0, atol=limit, equal_nan=True)

@@ -29,7 +29,8 @@ class Objective:
     cotangent of the loss, known in backward before any region is reached; None where the loss was never differentiated.
     rows(outputs, copied): the part each row of the outputs has in the loss, (n,) or (n, T), where the loss has rows.
     doubts(outputs): length of the gradient of each row's part in its outputs, (n,); None where there is none.
-    anchors: scalars of regions whose outputs carry no gradient: the loss's backward reaches the regions through them.
+    read: what the loss reads beside the outputs. anchors: scalars of regions whose outputs carry no gradient: the
+    loss's backward reaches the regions through them.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class Objective:
         tensors: Sequence[Tensor],
         rows: Callable[[Sequence[Tensor], Copied | None], Tensor],
         doubts: Callable[[Sequence[Tensor]], Tensor | None] = lambda _: None,
+        read: Sequence[Tensor] = (),
     ) -> None:
         self._function, self.tensors, self.rows, self.doubts = function, tuple(tensors), rows, doubts
+        self.read = tuple(read)
         self.weight: Tensor | None = None
         self.anchors: list[Tensor] = []
 

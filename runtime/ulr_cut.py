@@ -11,15 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from .controls import Controls
+from .cut_facts import TailFacts, described
 from .errors import RewriteError
 from .estimators.copies import Estimation, Found
+from .estimators.copy_watch import warn_where_lost
 from .estimators.cut_estimator import CutEstimator, Settings
 from .estimators.cut_options import CutOptions
 from .estimators.cuts_of_chain import resize, share_copies, share_signal
 from .estimators.quality import EVERY, History, ParameterCosine, Quality, cosine_of
+from .evaluations import rounding, together
 from .learned_noise import channels_of, size_gradient, sizes_of
 from .ledger import Ledger
-from .noisy_tail import Course, NoisyTail, Request
+from .noisy_tail import Course, NoisyTail
+from .pinned import Pinned, held_by
+from .row_proof import prove
 from .rule import Call, Gradients, Taken
 
 log = logging.getLogger("rewriter.runtime")
@@ -43,24 +48,9 @@ class _Memory:
 
     inputs: int
     weights: int
+    pinned: Pinned
     learning: tuple[int, ...] = ()
     settings: list[Settings] | None = None
-
-
-@dataclass(frozen=True)
-class TailFacts:
-    """What is known of what follows the cuts before it runs.
-
-    kind: "box", "steps" (every way to the loss meets an operation without a derivative), "frozen", "trainable", or
-    "layers" (trained, and cut off from the outputs itself);
-    ratios: for each cut, cost of a step without copies in units of one copy; costs: of one copy, in units of the first
-    cut's; noisy: a box there answers differently every time.
-    """
-
-    kind: str
-    ratios: tuple[float, ...]
-    costs: tuple[float, ...]
-    noisy: bool = False
 
 
 class UlrCutRule:
@@ -105,8 +95,12 @@ class UlrCutRule:
         learning = tuple([cut for cut, size in enumerate(sizes) if size.requires_grad])
         weights = parameters[: len(parameters) - len(learning)]
         kept = (*inputs, *weights, *(size.detach() for size in sizes))
-        memory = _Memory(len(inputs), len(weights), learning)
+        memory = _Memory(len(inputs), len(weights), self._pinned(call), learning)
         return Taken((anchor((inputs[self._values[0][0]],), (), ()),), kept, memory)
+
+    def _pinned(self, call: Call) -> Pinned:
+        read = () if call.objective is None or True not in call.needed else call.objective.read
+        return Pinned([*read, *(tensor for stage in self.course.stages for tensor in held_by(stage.segment))])
 
     def trainable(self) -> tuple[Tensor, ...]:
         """The learnt standard deviations, cut by cut."""
@@ -131,10 +125,13 @@ class UlrCutRule:
         """
         if True not in needed or call.objective is None or call.objective.weight is None:
             return (None,) * len(needed)
-        memory, tail = taken.memory, self._tail(call, taken)
+        memory = taken.memory
         assert isinstance(memory, _Memory)
-        if not all(value.numel() for value in tail.values):
-            return self._divided(taken, tail, [torch.zeros_like(value) for value in tail.values], needed)
+        memory.pinned.check(call.region)
+        at_cuts = [taken.tensors[place] for own in self._values for place in own]
+        if not call.objective.weight.any() or not all(value.numel() for value in at_cuts):
+            return self._zeros(taken, needed)
+        tail = self._tail(call, taken)
         first = memory.settings is None
         learnt = self._learnt(tail, taken)
         if first:
@@ -142,7 +139,7 @@ class UlrCutRule:
         settings = memory.settings
         assert settings is not None
         found = self._estimates(call, tail, settings, "", "probes")
-        if first and self.options.sigma in ("auto", "learned"):
+        if first and self.options.sigma in ("auto", "learned") and tail.clean.isfinite().all() and tail.clean.any():
             self._resize(call, tail, found, settings, learnt)
         self._judge(call, tail, found, first)
         if first:
@@ -161,6 +158,14 @@ class UlrCutRule:
             size_gradient(learnt[cut], found[cut].sizes, settings[cut].held, tail.scale) for cut in memory.learning
         ]
         return (*gradients[: len(gradients) - len(sizes)], *sizes)
+
+    def _zeros(self, taken: Taken, needed: tuple[bool, ...]) -> Gradients:
+        """Where the loss's cotangent is zero, or there are no rows."""
+        assert isinstance(taken.memory, _Memory)
+        first = taken.memory.inputs + taken.memory.weights
+        tensors = [*taken.tensors[:first], *(taken.tensors[first + cut] for cut in taken.memory.learning)]
+        pairs = zip(tensors, needed, strict=True)
+        return tuple([torch.zeros_like(value) if need else None for value, need in pairs])
 
     def exact(self, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]) -> Gradients:
         """As `backward`, by ordinary differentiation of the clean tail; zero or None where it has no derivative."""
@@ -198,15 +203,13 @@ class UlrCutRule:
         if self.options.across == "neyman":
             share_copies(self.cuts, self.facts.costs, self.options.antithetic)
         settings = [
-            cut.settle(tail.values[number], tail.weighed_against(number), learnt[number])
+            cut.settle(tail.values[number], tail.weighed_against(number), tail.parts(number), learnt[number])
             for number, cut in enumerate(self.cuts)
         ]
         if counters["proofs"] < _PROOFS and not self.facts.noisy and tail.clean.isfinite().all():
             counters["proofs"] += 1
-            generator = torch.Generator().manual_seed(call.key.forward)
-            for cut, value in enumerate(tail.values):
-                noise = torch.randn(value.shape, generator=generator).to(value)
-                tail.prove(cut, call.region, settings[cut].sigma * noise, _rounding(call, tail))
+            for number, own in enumerate(settings):
+                prove(tail, number, call.region, own.sigma, rounding(call, tail), call.key.forward)
             self._spend(call.region, tail, "quality")
         self._controls.prepare(call.region, tail, settings, counters["backwards"])
         return settings
@@ -214,7 +217,7 @@ class UlrCutRule:
     def _estimates(
         self, call: Call, tail: NoisyTail, settings: Sequence[Settings], name: str, purpose: str
     ) -> list[Found]:
-        found = _together(tail, {n: self._estimation(call, tail, n, settings[n], name) for n in range(len(self.cuts))})
+        found = together(tail, {n: self._estimation(call, tail, n, settings[n], name) for n in range(len(self.cuts))})
         self._spend(call.region, tail, purpose)
         return found
 
@@ -229,11 +232,11 @@ class UlrCutRule:
         def again(number: int) -> Found:
             sigma, held = self.cuts[number].sized(tail.values[number], learnt[number])
             settings[number] = replace(settings[number], sigma=sigma, held=held)
-            (only,) = _together(tail, {number: self._estimation(call, tail, number, settings[number], "")})
+            (only,) = together(tail, {number: self._estimation(call, tail, number, settings[number], "")})
             self._spend(call.region, tail, "step_size")
             return only
 
-        resize(self.cuts, found, settings, _rounding(call, tail), again)
+        resize(self.cuts, found, settings, rounding(call, tail), again)
 
     def _judge(self, call: Call, tail: NoisyTail, found: Sequence[Found], first: bool) -> None:
         failed = sum(each.failed for each in found)
@@ -243,9 +246,11 @@ class UlrCutRule:
             return  # what has diverged is passed on
         for cut, each in zip(self.cuts, found, strict=True):
             size = cut.size.typical
-            cut.watch.judge(call.region, each, size, _rounding(call, tail), self.options.max_failed)
+            cut.watch.judge(call.region, each, size, rounding(call, tail), self.options.max_failed)
             if first:
                 cut.watch.observe(call.region, each, size, any(other.changed for other in found))
+        if first and self.options.sigma not in ("auto", "learned"):
+            warn_where_lost(call.region, self.cuts[0].size.typical, found, rounding(call, tail))
 
     def _spend(self, region: str, tail: NoisyTail, purpose: str) -> None:
         self.ledger.add(region, calls=tail.calls, stages=tail.staged, **{purpose: tail.evaluated})
@@ -294,35 +299,10 @@ class UlrCutRule:
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for reports; what is not known before the first backward is None."""
-        quality = self.quality
-        rows = [cut.rows_per_backward for cut in self.cuts]
-        copies = sorted({cut.copies for cut in self.cuts})
-        low, high = zip(*(cut.size.range for cut in self.cuts), strict=True)
-        return {
-            "rule": "ulr-cut",
-            "cuts": len(self.cuts),
-            "tail": self.facts.kind,
-            "width": self.cuts[0].width,
-            "copies": " to ".join(map(str, (copies[0], copies[-1])[: len(copies)])),
-            "sigma": self.cuts[0].size.typical if quality else None,
-            "learned": (min(low), max(high)) if self.options.sigma == "learned" else None,
-            "across": self.options.across,
-            "directions": self.options.directions,
-            "antithetic": self.options.antithetic,
-            "baseline": self.options.baseline_for(copies[0]),
-            "allocation": self.options.allocation,
-            **self._controls.describe(),
-            "window": self.course.window,
-            "predicted_cosine": quality.predicted_cosine if quality else None,
-            "measured_cosine": quality.measured_cosine if quality else None,
-            "parameter_cosine": quality.parameter_cosine if quality else None,
-            "bias": quality.bias if quality else None,
-            "rows_per_backward": sum(each or 0 for each in rows) or None,
-            "layers": [
-                {"name": name, "noise": "weight" if number in self.course.layers else "activation", **cut.describe()}
-                for number, (name, cut) in enumerate(zip(self.course.names, self.cuts, strict=True))
-            ],
-        }
+        own = {"window": self.course.window, "rule": "ulr-cut", "tail": self.facts.kind}
+        noise = ["weight" if number in self.course.layers else "activation" for number in range(len(self.cuts))]
+        layers = list(zip(self.course.names, noise, strict=True))
+        return own | described(self.cuts, layers, self.options, self.quality) | self._controls.describe()
 
     def get_state(self) -> dict[str, Any]:
         """Running statistics."""
@@ -341,28 +321,4 @@ class UlrCutRule:
         for cut, own in zip(self.cuts, state["cuts"], strict=False):
             cut.set_state(own)
         vars(self._parameters).update(state["parameters"])
-        self._counters.update(state["counters"])
-
-
-def _together(tail: NoisyTail, estimations: dict[int, Estimation]) -> list[Found]:
-    """What the estimations of cuts find, each round of their copies in one evaluation."""
-    waiting = {cut: next(estimation) for cut, estimation in estimations.items()}
-    found: dict[int, Found] = {}
-    while waiting:
-        requests = [Request(cut, *waiting[cut]) for cut in sorted(waiting)]
-        for request, losses in zip(requests, tail.losses(requests), strict=True):
-            try:
-                waiting[request.cut] = estimations[request.cut].send(losses)
-            except StopIteration as stop:
-                found[request.cut] = stop.value
-                del waiting[request.cut]
-    return [found[cut] for cut in sorted(found)]
-
-
-def _rounding(call: Call, tail: NoisyTail) -> float:
-    """Relative rounding of what computes the losses: the coarsest dtype there."""
-    tensors = [*(value for values in tail.at for value in values), *tail.outputs]
-    dtypes = {value.dtype for value in tensors if value.is_floating_point()}
-    if call.ambient.autocast is not None:
-        dtypes |= {dtype for enabled, dtype in call.ambient.autocast[0] if enabled}
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+        self._counters["backwards"] = state["counters"]["backwards"]  # what is loaded proves nothing of this tail

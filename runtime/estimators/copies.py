@@ -45,16 +45,17 @@ class Batch:
 @dataclass
 class Found:
     """gradient: (rows, width); squares: (rows,), mean squares of a row's copies' differences from its clean loss;
-    spread, size: mean squares of all differences and of the losses; changed: share of copies whose loss differs;
-    failed, total: copies without a finite loss, and all; both, predicted: means of the differences times what the
-    surrogate predicts of them, and of its squares; sizes: (width,), gradient in the logarithm of sigma, summed over
-    rows, where that is learnt."""
+    spread, size: mean squares of all differences and of the losses; changed: share of copies whose loss differs; heard:
+    share of copies in rows of which some copy's differs; failed, total: copies without a finite loss, and all; both,
+    predicted: means of the differences times what the surrogate predicts of them, and of its squares; sizes: (width,),
+    gradient in the logarithm of sigma, summed over rows, where that is learnt."""
 
     gradient: Tensor
     squares: Tensor
     spread: float = 0.0
     size: float = 0.0
     changed: float = 0.0
+    heard: float = 0.0
     failed: int = 0
     total: int = 0
     both: float = 0.0
@@ -102,7 +103,7 @@ def _joined(gradient: Tensor, squares: Tensor, parts: list[Found], shares: Seque
     weighed = zip(parts, shares or [1.0] * len(parts), strict=True)
     sizes = [share * part.sizes for part, share in weighed if part.sizes is not None]
     learnt = torch.stack(sizes).sum(0) if sizes else None
-    named = {name: mean(name) for name in ("spread", "size", "changed", "both", "predicted")}
+    named = {name: mean(name) for name in ("spread", "size", "changed", "heard", "both", "predicted")}
     return Found(gradient, squares, failed=failed, total=total, sizes=learnt, **named)
 
 
@@ -160,6 +161,7 @@ def _some(
         spread=float(differences.square().sum()) / total,
         size=float(torch.where(valid, losses, 0).double().square().sum()) / total,
         changed=float((differences != 0).sum()) / total,
+        heard=float((valid & (differences != 0).any(1, keepdim=True)).sum()) / total,
         failed=int((existing & ~valid).sum()),
         total=total,
         both=float((differences * predicted).sum()) / total,

@@ -1,6 +1,7 @@
 """Whether the copies of a backward said anything: failures, silence, rounding."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .copies import Found
 _SILENT_LIMIT = 20  # consecutive backwards in which no copy's loss differed
 _RESOLVED = 30.0  # roundings of the loss that the differences between copies should exceed
 _COARSE = 1e-4  # relative rounding of low precision: of the tail then, not of the loss's sums, and one must do
+_MOST = 0.5  # of the copies of a row, where any of them says something
 _SHARE = 0.05  # of the newest backward in the running shares
 
 
@@ -19,6 +21,22 @@ def resolved(found: Found, rounding: float, margin: float = 1.0) -> bool:
     """Whether copies' losses differ by more than what computed them rounds (root mean squares, relative rounding)."""
     roundings = _RESOLVED if rounding < _COARSE else 1.0
     return found.spread > (margin * roundings * rounding) ** 2 * found.size
+
+
+def told_apart(found: Found, rounding: float, margin: float = 1.0) -> bool:
+    """Whether copies are resolved, and not most of them on the same step of a loss that is constant in between."""
+    return resolved(found, rounding, margin) and found.changed >= _MOST * found.heard
+
+
+def warn_where_lost(region: str, sigma: float, found: Sequence[Found], rounding: float) -> None:
+    """Warns where no copy at any cut differs by much more than the rounding of single precision."""
+    if any(each.changed for each in found) and not any(resolved(each, rounding) for each in found):
+        warnings.warn(
+            f"{region}: the losses of copies hardly differ by more than their rounding: noise of {sigma:.2g} is small; "
+            'sigma="auto" or a larger one',
+            RewriteWarning,
+            2,
+        )
 
 
 class CopyWatch:

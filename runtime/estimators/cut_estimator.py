@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +68,22 @@ class CutEstimator:
         """So many of a row from now on, in place of `wanted`: the chain's budget is shared by what is measured."""
         self._counters["assigned"] = copies
 
-    def settle(self, value: Tensor, samples: Tensor, learnt: tuple[Tensor, Tensor] | None = None) -> Settings:
-        """Copies and noise for a batch of rows, (rows, width); samples: (n, m), what the noise is to be small against.
+    def settle(
+        self,
+        value: Tensor,
+        samples: Tensor,
+        parts: Sequence[int],
+        learnt: tuple[Tensor, Tensor] | None = None,
+    ) -> Settings:
+        """Copies and noise for a batch of rows, (rows, width); samples: (n, m), what the noise is to be small against;
+        parts: widths of the tensors there, side by side.
 
         learnt: logarithms of standard deviations, (channels,), and the channel of each element, (width,). Raises
         RewriteError where copies or noise do not fit the width.
         """
         rows, width = value.shape
         self._counters["rows"], self._counters["width"] = rows, width
-        self.size.observe(samples)
+        self.size.observe(samples, parts)
         sigma, held = self.sized(value, learnt)
         if isinstance(sigma, Tensor) and sigma.shape != (width,):
             raise RewriteError(
@@ -140,7 +148,24 @@ class CutEstimator:
         if isinstance(self.options.copies, int):
             return self.options.copies
         known = self.halves.best_copies(self.ratio, 4, _MOST_COPIES, self.signal)
-        return _FIRST_COPIES if known is None else known // 2 * 2
+        return _FIRST_COPIES if known is None else self._whole_frames(known // 2 * 2)
+
+    def _whole_frames(self, copies: int) -> int:
+        """These, or one or two complete frames of orthogonal directions, whichever buy more: the last direction of a
+        frame takes away most of what noise is left."""
+        width = self._counters["width"]
+        if self.options.directions != "orthogonal" or self.halves.signal <= 0 or width % 2:
+            return copies
+        share = self.halves.signal / (self.signal or self.halves.signal)
+        pairs = 2 if self.options.antithetic else 1
+
+        def price(count: int) -> float:
+            baseline = self.options.baseline_for(count)
+            noise = relative_variance("orthogonal", count, width, baseline, self.options.antithetic)
+            return (self.ratio + count) * (1 + share * noise)
+
+        frames = [number * width * pairs for number in (1, 2)]
+        return min([copies, *(count for count in frames if 4 <= count <= _MOST_COPIES)], key=price)
 
     @property
     def width(self) -> int | None:

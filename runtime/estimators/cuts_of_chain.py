@@ -9,7 +9,7 @@ import numpy as np
 
 from .allocation import cut_counts
 from .copies import Found
-from .copy_watch import resolved
+from .copy_watch import told_apart
 from .cut_estimator import CutEstimator, Settings
 
 log = logging.getLogger("rewriter.runtime")
@@ -53,12 +53,12 @@ def resize(
     """
     before = list(zip(found, settings, strict=True))
     for number, cut in enumerate(cuts):
-        while not resolved(found[number], rounding) and cut.size.grow():
+        while not told_apart(found[number], rounding) and cut.size.grow():
             found[number] = again(number)
             log.info("%s: the losses of copies hardly differ; noise of %.2g", cut.label, cut.size.typical)
-    heard = [resolved(each, rounding) for each in found]
+    heard = [told_apart(each, rounding) for each in found]
     for number, cut in enumerate(cuts):
         if any(heard) and not heard[number] and cut.size.grown:
             found[number], settings[number] = before[number]
             cut.size.shrink()
-        cut.size.rest(resolved(found[number], rounding, _APART))
+        cut.size.rest(told_apart(found[number], rounding, _APART))

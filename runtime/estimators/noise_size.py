@@ -30,27 +30,39 @@ class NoiseSize:
         self.learned = sigma == "learned"
         self.factor = self._least = _SMALLEST if self.learned else 1.0
         self._calm = self._pause = 0
-        self._variance: float | None = None
+        self._variances: list[float] = []
+        self._parts: list[int] = []
         self._start: float | None = None
         self.range = (0.0, 0.0)
 
-    def observe(self, value: Tensor) -> None:
-        """A batch of rows, (rows, width), about to be perturbed."""
+    def observe(self, value: Tensor, parts: Sequence[int]) -> None:
+        """A batch of rows, (rows, width), about to be perturbed; parts: widths of the tensors side by side there."""
         wide = value.double()
         centre = wide.mean(0) if len(wide) > 1 else wide.new_zeros(())
-        found = float((wide - centre).square().mean()) or float(wide.square().mean())
-        if 0 < found < float("inf"):
-            known = self._variance
-            self._variance = found if known is None else _DECAY * known + (1 - _DECAY) * found
-            self._start = self._start or found**0.5 * _SHARE
+        spread, squares = (wide - centre).square().mean(0), wide.square().mean(0)
+        pairs = zip(torch.split(spread, list(parts)), torch.split(squares, list(parts)), strict=True)
+        found = [float(own.mean()) or float(whole.mean()) for own, whole in pairs]
+        if not all(0 < each < math.inf for each in found):
+            return
+        known = self._variances if len(self._variances) == len(found) else found
+        self._variances = [_DECAY * old + (1 - _DECAY) * new for old, new in zip(known, found, strict=True)]
+        self._parts = list(parts)
+        self._start = self._start or math.sqrt(sum(found) / len(found)) * _SHARE
 
     def value(self, like: Tensor) -> float | Tensor:
         """sigma, in units of the value; (width,) where it was given so."""
         if self.fixed is None:
-            return self.typical
+            return self._automatic(like)
         if isinstance(self.fixed, Sequence):
             return torch.tensor(self.fixed, dtype=like.dtype, device=like.device)
         return float(self.fixed)
+
+    def _automatic(self, like: Tensor) -> float | Tensor:
+        """The same for all elements of a tensor, and for all where there is one tensor."""
+        if len(self._variances) < 2:
+            return self.typical
+        sizes = torch.tensor([_SHARE * self.factor * v**0.5 for v in self._variances], dtype=like.dtype)
+        return sizes.repeat_interleave(torch.tensor(self._parts)).to(like.device)
 
     def bounded(self, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Of learnt logarithms, in units of the start: sigma, and where a bound holds it: 1 from below, -1 from above.
@@ -71,11 +83,12 @@ class NoiseSize:
 
     @property
     def typical(self) -> float:
-        """One number."""
+        """One number: where tensors differ, the geometric mean of theirs."""
         if self.learned:
             return math.sqrt(self.range[0] * self.range[1])
         if self.fixed is None:
-            return _SHARE * self.factor * (1.0 if self._variance is None else self._variance**0.5)
+            logs = [math.log(variance) / 2 for variance in self._variances] or [0.0]
+            return _SHARE * self.factor * math.exp(sum(logs) / len(logs))
         return sum(self.fixed) / len(self.fixed) if isinstance(self.fixed, Sequence) else float(self.fixed)
 
     def grow(self) -> bool:
@@ -104,13 +117,15 @@ class NoiseSize:
 
     def get_state(self) -> dict[str, Any]:
         """Numbers."""
-        known = {"variance": self._variance, "start": self._start}
+        known = {"start": self._start}
         present = {"factor": self.factor, "calm": self._calm, "pause": self._pause, "range": list(self.range)}
+        present |= {"variances": list(self._variances), "parts": list(self._parts)}
         return {**present, **{name: number for name, number in known.items() if number is not None}}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from what `get_state` returned."""
-        self.factor, self._variance, self._start = state["factor"], state.get("variance"), state.get("start")
+        self.factor, self._start = state["factor"], state.get("start")
+        self._variances, self._parts = list(state["variances"]), list(state["parts"])
         self._calm, self._pause = state.get("calm", 0), state.get("pause", 0)
         low, high = state.get("range", (0.0, 0.0))
         self.range = (low, high)

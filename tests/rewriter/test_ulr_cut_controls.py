@@ -213,7 +213,7 @@ class Next(StandIn):
         rule = self.rule
         tail = rule._tail(call, taken)
         slopes = next_slopes(tail, range(len(rule.cuts)))
-        return rule._divided(tail, slopes, needed)
+        return rule._divided(taken, tail, slopes, needed)
 
 
 @pytest.mark.parametrize("every", [1, 3])
