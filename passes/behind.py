@@ -217,7 +217,7 @@ def obstacles(program: Program, tail: Behind, ends: Sequence[fx.Node]) -> dict[f
 
 
 def _smooth(node: fx.Node, program: Program) -> bool:
-    if any(node.name in region.owned for region in program.regions):
+    if node.meta.get(CUT) or any(node.name in region.owned for region in program.regions):
         return True  # its entry sees to its gradient
     value = program.values.get(node.name)
     if isinstance(value, Value) and not value.dtype.is_floating_point:
