@@ -154,7 +154,7 @@ class CutEstimator:
         """These, or one or two complete frames of orthogonal directions, whichever buy more: the last direction of a
         frame takes away most of what noise is left."""
         width = self._counters["width"]
-        if self.options.directions != "orthogonal" or self.halves.signal <= 0 or width % 2:
+        if self.options.directions != "orthogonal" or self.halves.signal <= 0:
             return copies
         share = self.halves.signal / (self.signal or self.halves.signal)
         pairs = 2 if self.options.antithetic else 1

@@ -91,6 +91,7 @@ def test_with_true_gradients_at_the_cuts_sub_chains_add_up(case):
         cut, apart = apart, cut
     assert len(cut.rule.cuts) == -(-length // every) - 1
     assert apart.rule.describe()["sub_chains"] == -(-length // every)
+    assert cut.rule.facts.kind == "trainable"
     found_loss, found = cuts.exactly(step, x, Y)
     torch.testing.assert_close(found_loss, loss, rtol=1e-14, atol=0)
     assert cuts.error(found, expected) < 1e-12
