@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from operator import add
 from typing import Any, ClassVar
 
@@ -45,8 +44,10 @@ class Apart(Entry):
         # A dropout is no longer the node that it was; what hands on to a cut is.
         there = {node.name: node for node in program.graph.nodes}
         borders = [[there[name] for name in names if name in there] for names in map(add, self.starts, self.ends)]
-        for before, after in pairwise(borders):
-            before += [node.all_input_nodes[0] for node in after if node.meta.get(CUT)]
+        makers = {node: number for number, own in enumerate(borders) for node in own}
+        for cut in [node for own in borders for node in own if node.meta.get(CUT)]:
+            origin = cut.all_input_nodes[0]
+            borders[_maker(origin, makers)].append(origin)
         pieces = [_between(program, own) for own in borders]
         reason = _against(program, pieces)
         if reason is not None:
@@ -82,6 +83,17 @@ def _between(program: Program, own: Sequence[fx.Node]) -> list[fx.Node]:
     before = _ancestors(own)
     inside = {*own, *(node for node in reach(list(own)) if node in before)}
     return [node for node in program.graph.nodes if node in inside]
+
+
+def _maker(node: fx.Node, makers: Mapping[fx.Node, int]) -> int:
+    """The number of the sub-chain that a value comes from."""
+    stack = [node]
+    while stack:
+        source = stack.pop()
+        if source in makers:
+            return makers[source]
+        stack.extend(source.all_input_nodes)
+    raise AssertionError(f"{node.name} is cut and comes from no sub-chain")
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:

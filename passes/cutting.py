@@ -116,12 +116,13 @@ def _severed(link: Link, found: Sequence[str], program: Program) -> tuple[Progra
 
 
 def _written(node: fx.Node, program: Program) -> bool:
-    """Whether something that follows may write into a value: into whatever is no layer's own result."""
+    """Whether something that follows may write into a value: into it, or into what is no later layer's own result."""
     after = [node, *reach([node])]
     for each in after:
         if writes(each, program.module) and each.all_input_nodes:
             source = each.all_input_nodes[0]
-            if source in after and not (source.op == "call_module" and [*trainable_of(source, program)]):
+            fresh = source is not node and source.op == "call_module" and [*trainable_of(source, program)]
+            if source in after and not fresh:
                 return True
     return False
 
@@ -133,7 +134,7 @@ def _values(link: Link, program: Program) -> list[str] | Refused:
     call = link.call
     for node in outputs_of(program, call):
         users = [user for user in read_onward(node, call.owned, link.onward) if user.target is not anchor]
-        if not users or node.meta.get(CUT):
+        if not users:
             continue
         refused = _against(node, users, program)
         if refused is not None:
@@ -154,7 +155,7 @@ def _values(link: Link, program: Program) -> list[str] | Refused:
 
 def _against(node: fx.Node, users: Sequence[fx.Node], program: Program) -> Refused | None:
     """Why a value cannot be cut."""
-    if any(user.meta.get(CUT) for user in users):
+    if node.meta.get(CUT) or any(user.meta.get(CUT) for user in users):
         return Refused("", "another UlrCut cuts it already", "take one of the two out of the plan")
     within = next((r for r in program.regions for user in users if {node.name, user.name} <= {*r.owned}), None)
     if within is not None:
@@ -190,7 +191,8 @@ def _anchored(region: Region, program: Program) -> Program | Refused:
     refused = against(tail, passed, program)
     if refused is not None:
         return refused
-    if not any(source in passed for node in tail.nodes for source in node.all_input_nodes):
+    asked = {source for node in tail.nodes for source in node.all_input_nodes}
+    if asked.isdisjoint(passed) and not set(passed) & set(program.graph.output_node().all_input_nodes):
         return Refused(region.name, "nothing that the outputs need reads it but through detach()", "take detach() out")
     graph = program.edit()
     own = {node.name: node for node in graph.nodes}

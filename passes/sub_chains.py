@@ -26,21 +26,33 @@ class Link:
 
 @dataclass(frozen=True)
 class Links:
-    """calls: the links of a chain, in order; size: how many make a sub-chain."""
+    """chains: the links of each chain, in order, that the calls of one module make; size: links of a sub-chain."""
 
     program: Program
-    calls: tuple[Region, ...]
+    chains: tuple[tuple[Region, ...], ...]
     size: int
 
     def ends(self) -> list[Link]:
-        """What is cut: the last sub-chain, which the loss follows, has no end."""
-        places = range(self.size - 1, len(self.calls) - 1, self.size)
-        return [Link(self.calls[end], _leading_to(self.calls[end + 1], self.program)) for end in places]
+        """What is cut, in the graph's order: the last sub-chain, which the loss follows, has no end."""
+        order = {node.name: number for number, node in enumerate(self.program.graph.nodes)}
+        places = [
+            (chain[place], chain[place + 1])
+            for chain in self.chains
+            for place in range(self.size - 1, len(chain) - 1, self.size)
+        ]
+        places.sort(key=lambda pair: order[pair[0].owned[0]])
+        return [Link(call, _leading_to(following, self.program)) for call, following in places]
 
-    def groups(self) -> list[tuple[str, ...]]:
-        """Names of the nodes of each sub-chain's links."""
-        starts = range(0, len(self.calls), self.size)
-        return [tuple(n for call in self.calls[s : s + self.size] for n in call.owned) for s in starts]
+    def groups(self) -> list[tuple[str | None, tuple[str, ...]]]:
+        """For each sub-chain the name of the link before it, and the names of the nodes of its own."""
+        return [
+            (
+                chain[start - 1].name if start else None,
+                tuple(n for c in chain[start : start + self.size] for n in c.owned),
+            )
+            for chain in self.chains
+            for start in range(0, len(chain), self.size)
+        ]
 
 
 def links(entry: Entry, place: Place, every: int, program: Program) -> Links | Refused:
@@ -64,9 +76,34 @@ def links(entry: Entry, place: Place, every: int, program: Program) -> Links | R
         calls = calls_at(entry, place, program)
     if isinstance(calls, Refused):
         return calls
-    if len(calls) <= every:
-        return Refused(place.module, f"a chain of {len(calls)} has no sub-chains of {every} to cut", "a smaller every=")
-    return Links(program, tuple(calls), every)
+    chains = _chains(calls, program)
+    longest = max(map(len, chains))
+    if longest <= every:
+        return Refused(place.module, f"a chain of {longest} has no sub-chains of {every} to cut", "a smaller every=")
+    return Links(program, chains, every)
+
+
+def _chains(calls: Sequence[Region], program: Program) -> tuple[tuple[Region, ...], ...]:
+    """The calls, each behind the latest one whose result it reads; one that two others read goes on in the first."""
+    owners = {name: number for number, call in enumerate(calls) for name in call.owned}
+    chains: list[list[int]] = []
+    for number, call in enumerate(calls):
+        found: set[int] = set()
+        seen: set[fx.Node] = set()
+        stack = [program.node(name) for name in call.owned]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                owner = owners.get(source.name, number)
+                if owner != number:
+                    found.add(owner)
+                elif source not in seen and source.name not in call.owned:
+                    seen.add(source)
+                    stack.append(source)
+        chain = next((chain for chain in chains if found and chain[-1] == max(found)), None)
+        if chain is None:
+            chains.append(chain := [])
+        chain.append(number)
+    return tuple(tuple(calls[number] for number in chain) for chain in chains)
 
 
 def _blocks(

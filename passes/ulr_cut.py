@@ -159,10 +159,14 @@ class UlrCut(Entry):
         changed = cut_at(self, found.ends(), place.module, found.program, self.noise)
         if isinstance(changed, Refused):
             return changed
-        cuts = cuts_of(changed, changed.regions[-1])
-        starts = [tuple(node.name for passed in cut for node in handing(passed)) for cut in cuts]
+        passed = {cut.name: cut.passed for cut in changed.regions[-1].parts}
+        starts, ends = [], []
+        for before, own in found.groups():
+            read = [changed.node(name) for name in passed.get(before, ())]
+            starts.append(tuple(node.name for each in read for node in handing(each)))
+            ends.append(own)
         at_once = self.at_once if isinstance(self.at_once, int) else None
-        return Apart(place.module, ((), *starts), tuple(found.groups()), at_once).apply(changed)
+        return Apart(place.module, tuple(starts), tuple(ends), at_once).apply(changed)
 
     def wholes(self, model: nn.Module) -> frozenset[str]:
         if self.every is None:

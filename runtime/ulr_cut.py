@@ -309,7 +309,7 @@ class UlrCutRule:
         return {
             "cuts": [cut.get_state() for cut in self.cuts],
             "parameters": vars(self._parameters).copy(),
-            "counters": self._counters.copy(),
+            "backwards": self._counters["backwards"],
             "options": repr(self.options),
         }
 
@@ -321,4 +321,4 @@ class UlrCutRule:
         for cut, own in zip(self.cuts, state["cuts"], strict=False):
             cut.set_state(own)
         vars(self._parameters).update(state["parameters"])
-        self._counters["backwards"] = state["counters"]["backwards"]  # what is loaded proves nothing of this tail
+        self._counters["backwards"] = state["backwards"]

@@ -13,7 +13,7 @@ from cuts import Around, Folded, Loop, Net, PositionsFirst, X, Y
 from torch import nn
 
 from rewriter import BlackBox, CallableBox, Plan, RewriteError, RewriteWarning, UlrCut, rewrite
-from rewriter.runtime.noisy_tail import NoisyTail
+from rewriter.runtime import ulr_cut
 from rewriter.runtime.stacking import Layout
 
 DROPPED = nn.Sequential(
@@ -104,7 +104,7 @@ def test_masks_of_other_rows_are_seen(monkeypatch):
     monkeypatch.setattr(Layout, "take", lambda self, value, source: take(self, value.roll(1, 0), source))
     with pytest.raises(RewriteError, match="cannot be evaluated on copies"):
         cuts.gradients(step, X, Y)
-    monkeypatch.setattr(NoisyTail, "prove", lambda *_: None)
+    monkeypatch.setattr(ulr_cut, "prove", lambda *_: None)
     assert largest_z(step, X, expected, 60) > 4.8
 
 
@@ -370,7 +370,8 @@ def test_copies_follow_noise_and_cost_and_are_kept():
     for _ in range(3):
         step(X, target=Y).backward()
     ratio = cut.halves.noise / cut.halves.signal * cut.ratio
-    assert cut.copies == max(4, round(math.sqrt(ratio)) // 2 * 2)
+    assert max(4, round(math.sqrt(ratio)) // 2 * 2) == 4
+    assert cut.copies == 5  # a whole frame of directions, which has (5 + 2) / 5 - 1 of |g|^2 left in place of .75
     assert "copies per row" in step.explain()
     assert "without the entry the gradient is exact" in step.explain()
     state = copy.deepcopy(step.state_dict())

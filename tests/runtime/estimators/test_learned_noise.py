@@ -111,7 +111,7 @@ def test_another_capture_has_the_same_parameters_or_none():
 
 def learned(rows=400):
     size = NoiseSize("learned")
-    size.observe(3 * torch.randn(rows, 4, generator=torch.Generator().manual_seed(0)))
+    size.observe(3 * torch.randn(rows, 4, generator=torch.Generator().manual_seed(0)), [4])
     return size
 
 
@@ -120,7 +120,7 @@ def test_noise_starts_at_a_tenth_of_the_first_deviation():
     sigma, held = size.bounded(torch.zeros(4))
     assert torch.allclose(sigma, torch.full((4,), 0.3), rtol=0.05)
     assert not held.any()
-    size.observe(torch.randn(400, 4))  # a later batch changes nothing
+    size.observe(torch.randn(400, 4), [4])  # a later batch changes nothing
     assert torch.equal(size.bounded(torch.zeros(4))[0], sigma)
     assert torch.allclose(size.bounded(torch.full((4,), -1.0))[0], sigma * math.exp(-1))
     far, held = size.bounded(torch.tensor([-100.0, 0, 0, 1000.0]))
