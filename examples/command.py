@@ -1,4 +1,4 @@
-"""What the examples that run by `python -m rewriter.examples.NAME` share: options, progress, a figure."""
+"""What the examples that run by `python -m rewriter.examples.NAME` share: options, progress, means, a figure."""
 
 import argparse
 import sys
@@ -35,6 +35,13 @@ def chosen(arguments: Sequence[str] | None, description: str, name: str, needed:
 def progress(line: str) -> None:
     """One line, at once."""
     print(line, file=sys.stdout, flush=True)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, which is nan for a single value."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values)
+    return mean, (spread / (len(values) - 1) / len(values)) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -46,13 +46,14 @@ class Pass(ABC):
 class Entry(Pass):
     """A plan entry: says for a part of the model where its gradient comes from.
 
-    `target` is its first field. `ahead`: its rules evaluate the loss themselves (`Call.objective`). `learns`: they have
-    parameters of their own, which the rewritten module registers. `wholes(model)` names the modules that capture must
-    keep as one node; `rule(...)` builds what runs. Entries print as the text that makes them, and `Plan` reads that
-    text back.
+    `target` is its first field. `ahead`: its rules evaluate the loss themselves (`Call.objective`). `cuts`: it changes
+    what others read, so it goes before those that do not. `learns`: they have parameters of their own, which the
+    rewritten module registers. `wholes(model)` names the modules that capture must keep as one node; `rule(...)` builds
+    what runs. Entries print as the text that makes them, and `Plan` reads that text back.
     """
 
     ahead: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
 
     target: Target
 
@@ -84,6 +85,10 @@ class Entry(Pass):
 
     def returned(self, program: Program, region: Region) -> tuple[int, ...] | None:
         """Which of its rule's outputs the region returns, where the rule has more than the graph reads."""
+        return None
+
+    def supplies(self, program: Program, region: Region) -> frozenset[int] | None:
+        """Of a region that the loss reaches through an anchor: the inputs whose gradients it supplies, by position."""
         return None
 
     def __str__(self) -> str:
@@ -123,6 +128,7 @@ def run(passes: Iterable[Pass], program: Program, history: list[Step] | None = N
         if isinstance(outcome, Refused):
             what = outcome.what or f"{_label(each)} does not apply"
             raise RewriteError(what, where=outcome.node, why=outcome.reason, remedy=outcome.remedy)
+        outcome = _distinct(outcome, program)
         outcome.verify()
         seconds = time.perf_counter() - start
         count = len(outcome.graph.nodes)
@@ -130,6 +136,17 @@ def run(passes: Iterable[Pass], program: Program, history: list[Step] | None = N
         log.debug("%s: %d -> %d nodes in %.1f ms", _label(each), before, count, 1e3 * seconds)
         program = outcome
     return program, history
+
+
+def _distinct(program: Program, before: Program) -> Program:
+    """With other names for new regions whose names are taken: two entries may rule neighbours in one module."""
+    known = len(before.regions)
+    taken = {region.name for region in program.regions[:known]}
+    new = [
+        replace(region, name=f"{region.name} ({region.entry.name})") if region.name in taken else region
+        for region in program.regions[known:]
+    ]
+    return program if new == list(program.regions[known:]) else program.with_(regions=(*before.regions, *new))
 
 
 def _label(each: Any) -> str:

@@ -38,13 +38,15 @@ def residual_regions(entry: Entry, program: Program) -> tuple[Program, list[Regi
 def block_regions(entry: Entry, program: Program) -> tuple[Program, list[Region]] | Refused:
     """The region of the target's blocks, one tensor alive between each two.
 
-    A block is a module: each that the target names, or each child of the list or sequence it names. Where neither is
-    the case, a block is whatever lies between two single-tensor cuts.
+    A block is a module: each that the target names, or each child of the list or sequence it names, with a residual sum
+    around it. Where neither is the case, a block is whatever lies between two single-tensor cuts.
     """
 
     def pieces(structure: Structure, inside: frozenset[str], places: Sequence[Place]) -> Iterator[Pieces]:
-        lines = [structure.spans, *(chain.segments for chain in structure.chains)]
-        found = [run for line in lines for run in _runs(line, [_within(piece, inside, program) for piece in line])]
+        found = list(_runs(structure.spans, [_within(span, inside, program) for span in structure.spans]))
+        for chain in structure.chains:
+            segments = [_trimmed(segment, inside) for segment in chain.segments]
+            found += _runs(segments, [_block_inside(segment, inside, program) for segment in segments])
         found = [_grouped(run, _units(places, program), program) for run in found]
         yield from sorted(found, key=len, reverse=True)[:1]
 
@@ -159,6 +161,14 @@ def _branch_inside(segment: ChainSegment, inside: frozenset[str], program: Progr
         return _within(segment, inside, program)
     modules = [name for name in segment.nodes if program.node(name).op == "call_module"]
     return inside.issuperset(modules) and not inside.isdisjoint(segment.branch)
+
+
+def _block_inside(segment: ChainSegment, inside: frozenset[str], program: Program) -> bool:
+    """Whether a segment is a block with its sum, and functions between the two."""
+    if segment.add is None or inside.isdisjoint(segment.branch):
+        return _within(segment, inside, program)
+    functions = {name for name in segment.branch if program.node(name).op != "call_module"}
+    return _within(segment, inside | functions | {segment.add}, program)
 
 
 def _trimmed(segment: ChainSegment, inside: frozenset[str]) -> ChainSegment:

@@ -58,7 +58,8 @@ def emit(program: Program, clock: Clock, ledger: Ledger, rules: dict[str, Rule])
                 rules[region.name] = rule
             returned = region.entry.returned(program, region)
             trainable = region.entry.trainable(rule, segment)
-            target = Region(region.name, rule, clock, trainable, returned)
+            supplies = region.entry.supplies(program, region)
+            target = Region(region.name, rule, clock, trainable, returned, supplies)
             regions[region.name] = target
         frame.__dict__[described.name] = target
     source, step = _compile("step", program.partitioned.graph)

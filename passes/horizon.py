@@ -17,6 +17,7 @@ from rewriter.runtime.segment import Segment
 from rewriter.runtime.windows import Windows
 
 from .base import TAPES, Entry, Refused, check_choice
+from .behind import CUT
 from .chain import block_regions, chain_of
 from .checkpoint import is_count, runs_once
 from .program import Program, Region, Value
@@ -149,6 +150,9 @@ def _crossing(program: Program, region: Region) -> Refused | None:
     """Why windows cannot be looked at one by one: something crosses their ends beside the chain's value."""
     outputs = outputs_of(program, region)
     end = region.parts[-1].output
+    severed = next((name for name in region.owned if program.node(name).meta.get(CUT)), None)
+    if severed is not None:
+        return Refused(f"{region.name}: {severed}", "a UlrCut lies inside the blocks", "cut before or behind them")
     for node in outputs:
         if node.name != end:
             return Refused(

@@ -94,7 +94,8 @@ class Program:
     model: the user's module, whose names the graph's targets are; graph: flat, one placeholder per tensor argument and
     one flat tuple of tensors as output; constants: tensors that capture found outside any module; values and costs (per
     node name) and effects (nodes that draw random numbers, change a tensor or evaluate a box): from `annotate`;
-    regions: from plan entries; segments and partitioned: from `partition`.
+    conditions: what passes took for granted of the sizes of the call's tensors, as in `Guards`; regions: from plan
+    entries; segments and partitioned: from `partition`.
     """
 
     model: nn.Module
@@ -104,6 +105,7 @@ class Program:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     effects: frozenset[str] = frozenset()
     opaque: Mapping[str, str] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
     regions: tuple[Region, ...] = ()
     segments: tuple[Segment, ...] = ()
     partitioned: fx.GraphModule | None = None

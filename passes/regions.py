@@ -11,9 +11,11 @@ from .targets import Place
 
 def regions_at(entry: Entry, place: Place, program: Program) -> list[Region] | Refused:
     """One region per call of the module at `place`; named after the module, with `@k` from the second call on."""
-    refused = hooked(place, program)
-    if refused is not None:
-        return refused
+    return hooked(place, program) or calls_at(entry, place, program)
+
+
+def calls_at(entry: Entry, place: Place, program: Program) -> list[Region] | Refused:
+    """As `regions_at`, whatever hooks the module has."""
     calls: dict[int, list[str]] = {}
     for node in program.graph.nodes:
         for name, index in node.meta.get("block", ()):

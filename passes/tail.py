@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from rewriter.runtime.segment import Segment
 
 from .base import Refused
+from .behind import CUT
 from .emit import emit_segment
 from .program import Program, Region, holds_box, is_box_call
 from .regions import outputs_of
@@ -81,6 +82,8 @@ def _against(node: fx.Node, program: Program, region: Region) -> str | None:
         return f"it belongs to {owner.name}, which {owner.entry} rules"
     if node.name in region.owned:
         return "it lies inside the blocks and is read behind them"
+    if node.meta.get(CUT):
+        return "a UlrCut lies there, through which losses of windows do not reach the blocks"
     if is_box_call(node, program):
         return "it is a box"
     if node.op == "call_module":

@@ -5,6 +5,7 @@ from rewriter.passes.checkpoint import Checkpoint
 from rewriter.passes.deferred import Deferred
 from rewriter.passes.highway import Highway
 from rewriter.passes.horizon import Horizon
+from rewriter.passes.ulr_cut import UlrCut
 from rewriter.runtime.boxes import Box, CallableBox, ExternalProgram, OnnxBox
 from rewriter.runtime.domain import Domain
 from rewriter.runtime.errors import BoxError, RewriteError, RewriteWarning
@@ -31,6 +32,7 @@ __all__ = [
     "RewriteError",
     "RewriteWarning",
     "Rewritten",
+    "UlrCut",
     "alignment",
     "memory_plan",
     "pilot",

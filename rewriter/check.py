@@ -15,6 +15,7 @@ from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.estimators.taylor import remainder_order
 from rewriter.runtime.rule import Call, Gradients, Rule, Taken
 from rewriter.runtime.segment import Segment
+from rewriter.runtime.ulr_cut import UlrCutRule
 
 from .measure import scalar
 from .shadow import preserved
@@ -23,6 +24,14 @@ from .standins import StandIn, standing_in, variant_of
 
 if TYPE_CHECKING:
     from .rewritten import Rewritten
+
+_TIMES = 16
+_COPIES = f"{_TIMES} times the copies"
+_ON_COPIES = "what follows the cut has no derivative: compared with more copies, which smooth as the estimate does"
+_ON_CLEAN = (
+    "compared with differentiating what follows the cut; steps in it (spikes, rounding, argmax) are in the estimate "
+    "and not in the reference"
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,9 @@ class _Spy(StandIn):
             self.seen.append(_Seen(call, self.inputs, cotangents, estimate))
             return estimate
         seen = self.seen[0]
-        if self.boxed and isinstance(self.rule, BlackBoxRule):
+        if isinstance(self.rule, UlrCutRule):
+            seen.reference, seen.kind = _of_cut(self.rule, call, taken, cotangents, needed)
+        elif self.boxed and isinstance(self.rule, BlackBoxRule):
             seen.reference = self.rule.exact(call, taken, cotangents, needed)
             seen.order = remainder_order(self.rule, call, self.rule.inputs(taken), cotangents, seen.reference)
             kind = self.rule.describe()["kind"]  # as measured now: afterwards that is forgotten
@@ -158,9 +169,24 @@ class _Spy(StandIn):
     def checked(self, name: str) -> Checked:
         seen = self.seen[0]
         agreement = Agreement.of(zip(seen.estimate, seen.reference, strict=True))
+        if seen.kind == _COPIES:
+            return Checked(name, seen.kind, agreement, None, _ON_COPIES)
+        if isinstance(self.rule, UlrCutRule):
+            return Checked(name, seen.kind, agreement, None, _ON_CLEAN)
         if seen.order is None:
             return Checked(name, "autograd", agreement, None, "compared with automatic differentiation")
         return Checked(name, "every coordinate", agreement, seen.order, _verdict(seen.kind, seen.order))
+
+
+def _of_cut(
+    rule: UlrCutRule, call: Call, taken: Taken, cotangents: Gradients, needed: tuple[bool, ...]
+) -> tuple[Gradients, str]:
+    """Autograd through what follows the cut, where it says anything; else many more copies."""
+    if rule.facts.kind not in ("box", "steps"):
+        found = rule.exact(call, taken, cotangents, needed)
+        if any(gradient is not None and bool(gradient.any()) for gradient in found):
+            return found, "autograd of the clean loss"
+    return rule.averaged(call, taken, needed, _TIMES), _COPIES
 
 
 def _verdict(kind: str, order: float) -> str:

@@ -41,6 +41,11 @@ def _region(region: Region, step: Rewritten) -> str:
     lines.append(f"  inputs: {shown}")
     if facts["rule"] == "black-box":
         lines += _black_box(facts, holds_box(program.module(region.target)), facts["width"] or _width(values))
+    elif facts["rule"] == "ulr-cut":
+        lines += _ulr_cut(facts)
+    elif facts["rule"] == "sub-chains":
+        stacked = f", up to {facts['alike']} of them stacked" if facts["alike"] > 1 and facts["at_once"] != 1 else ""
+        lines.append(f"  {facts['sub_chains']} sub-chains, run again in backward{stacked}: exact within each")
     elif facts["rule"] == "horizon":
         lines += _horizon(facts, region, program)
     elif facts["rule"] == "checkpoint":
@@ -50,7 +55,7 @@ def _region(region: Region, step: Rewritten) -> str:
     elif facts["rule"] == "highway":
         lines += _highway(facts)
     counts = step.ledger[region.name]
-    if facts["rule"] != "black-box":
+    if facts["rule"] not in ("black-box", "ulr-cut"):
         lines.append(f"  spent so far: {counts.vjps:,} vjps, {counts.forwards:,} forwards of parts run again")
     else:
         lines.append(f"  spent so far: {counts.queries:,} queries in {counts.calls:,} calls, {counts.failed:,} failed")
@@ -97,6 +102,89 @@ def _black_box(facts: dict[str, Any], is_box: bool, width: int) -> list[str]:
             f"  simpler: probes={width} would be exact up to the step's bias, at {width / probes:.1f} x the queries"
         )
     return lines
+
+
+_TAILS = {
+    "box": "what follows holds a box: there is no derivative to take instead",
+    "steps": "every way to the loss meets an operation without a derivative: the ordinary tape would give zero",
+    "frozen": "what follows is frozen: its backward and what it would keep are saved",
+    "trainable": "what follows is trained: its parameters get the exact gradient of the clean loss",
+    "layers": "what follows is trained behind cuts of its own: no parameter sees the loss on the ordinary tape",
+}
+
+
+def _ulr_cut(facts: dict[str, Any]) -> list[str]:
+    cuts = f"{facts['cuts']} cuts, each with " if facts["cuts"] > 1 else ""
+    shared = f", across cuts {facts['across']}" if facts["cuts"] > 1 else ""
+    pairs = " in antithetic pairs" if facts["antithetic"] else ""
+    lines = [
+        f"  {cuts}{facts['copies']} copies per row{pairs}, {facts['directions']} noise, baseline {facts['baseline']}, "
+        f"allocation {facts['allocation']}{shared}",
+        *_layers(facts["layers"]),
+        f"  {_TAILS[facts['tail']]}",
+    ]
+    if facts["window"] is not None:
+        lines.append(f"  copies run through {facts['window']} sub-chains; what comes later is left out of the gradient")
+    if facts["control"] != "none":
+        lines.append(_control(facts))
+    if facts["width"] is None:
+        lines.append("  nothing measured yet; the first backward does")
+    else:
+        measured = facts["measured_cosine"]
+        sigma = f"{facts['sigma']:.3g}"
+        if facts["learned"]:
+            sigma = "learned, {:.3g} to {:.3g}".format(*facts["learned"])
+        size = "" if facts["cuts"] > 1 else f"width {facts['width']}, sigma {sigma}; "
+        lines.append(
+            f"  {size}row cosine: predicted "
+            f"{facts['predicted_cosine']:.2f}, measured {'not yet' if measured is None else f'{measured:.2f}'}; "
+            f"left out: {facts['bias']}"
+        )
+        if facts["parameter_cosine"] is not None:
+            lines.append(f"  parameter cosine: {facts['parameter_cosine']:.2f}, as if this cut alone were estimated")
+        lines.append(
+            f"  cost: {facts['rows_per_backward']:,} rows forward through what follows the cut per backward; "
+            "what is kept does not grow with copies"
+        )
+    if facts["tail"] in ("frozen", "trainable", "layers"):
+        lines.append(
+            "  simpler: without the entry the gradient is exact, for about two forwards of what follows instead of "
+            f"{facts['copies']}; the cut pays where its activations do not fit, or to train under noise"
+        )
+    return lines
+
+
+def _control(facts: dict[str, Any]) -> str:
+    correlation = facts["control_correlation"]
+    if correlation is None:
+        return f"  control variate {facts['control']}: not measured yet"
+    return (
+        f"  control variate {facts['control']}: correlation {correlation:.2f}, so 1 - r^2 = {1 - correlation**2:.2f} "
+        f"of the variance is left where it is used; used at {facts['controlled']} of {facts['cuts']} cuts"
+    )
+
+
+def _layers(layers: list[dict[str, Any]]) -> list[str]:
+    """A line for each layer with cuts, where there are several: calls of one module are one line."""
+    by_module: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        by_module.setdefault(layer["name"].partition("@")[0], []).append(layer)
+    if len(by_module) < 2 and all(layer["noise"] == "activation" for layer in layers):
+        return []
+    return [f"    {name}: {_calls(calls)}" for name, calls in by_module.items()]
+
+
+def _calls(calls: list[dict[str, Any]]) -> str:
+    copies = sorted({call["copies"] for call in calls})
+    shown = [f"{calls[0]['noise']} noise" if len(calls) == 1 else f"{len(calls)} calls, {calls[0]['noise']} noise"]
+    if calls[0]["width"] is not None:
+        shown.append(f"width {calls[0]['width']}, sigma {calls[0]['sigma']:.2g}")
+    shown.append(f"{' to '.join(map(str, (copies[0], copies[-1])[: len(copies)]))} copies")
+    for kind in ("predicted", "measured"):
+        found = [call[f"{kind}_cosine"] for call in calls if call[f"{kind}_cosine"] is not None]
+        if found:
+            shown.append(f"{kind} row cosine {sum(found) / len(found):.2f}")
+    return ", ".join(shown)
 
 
 def _highway(facts: dict[str, Any]) -> list[str]:

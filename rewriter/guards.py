@@ -47,6 +47,11 @@ class Guards:
         self._kind = None if first is None else (first.dtype, first.device)
         self._bind(model)
 
+    def add(self, conditions: Sequence[str]) -> None:
+        """Further conditions on sizes."""
+        self.conditions = (*self.conditions, *conditions)
+        self._sizes = _compile(self.conditions)
+
     def reason(self, model: nn.Module, tensors: Sequence[Tensor]) -> str | None:
         """None where the graph holds for this call, else what changed: module and attribute, or the size."""
         if model is not self._model:

@@ -1,7 +1,7 @@
 """The loss contract: the number a loss returns in eager, and the part each row has in it."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.objective import Copied
 
 from .reductions import as_contributions, recognise, widened
 
@@ -30,6 +31,7 @@ class Loss:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.takes_target = _takes_target(function)
+        self._latest = ""  # type of the latest batch
         self._type = ""  # of a custom loss: "contributions", "mean" or "sum", found on the first batch
         self._proven: list[int] = []  # sizes of the batches on which that was seen to hold
 
@@ -37,7 +39,7 @@ class Loss:
         """Exactly what the user's function returns."""
         return self.function(output, target) if self.takes_target else self.function(output)
 
-    def contributions(self, output: Any, target: Any = None) -> Tensor:
+    def contributions(self, output: Any, target: Any = None, copied: Copied | None = None) -> Tensor:
         """The part each row has in the loss, differentiable in `output`; row i's part depends on output row i only.
 
         output, target: tensors or trees of them, rows in dim 0; target tensors with another dim 0 are the same for
@@ -56,25 +58,68 @@ class Loss:
             )
         known = recognise(self.function)
         if known is not None and isinstance(output, Tensor):
-            return known.contributions(output, target)
+            return known.contributions(output, target, copied)
         output, target = tree_map(widened, (output, target))
+        if copied is not None:
+            return self._of_copies(output, target, copied)
         rows = _count_rows(output)
         type_ = self._type
         if not type_ or self._wants_proof(rows):
             type_ = self._prove(_detached(output), target, rows)
+        self._latest = type_
         if type_ == "contributions":
             return as_contributions(self.function(output, target), rows)
-        values = self._row_values(output, target, rows)
+        values = self._row_values(output, target, _rowed((output, target), rows))
         return values / rows if type_ == "mean" else values
+
+    def doubts(self, output: Any, target: Any = None) -> Tensor | None:
+        """(B,): length of the gradient of each row's part in its output; None where the loss has none there.
+
+        Cross-entropy: |p - y|, between 1 and sqrt(2) times 1 - p_y, the weight of the row beside it. In logits, whether
+        the output is these, their log-softmax or their sigmoid.
+        """
+        known = recognise(self.function) if isinstance(output, Tensor) else None
+        if known is not None:
+            known, output = known.of_logits(output)
+        leaves, structure = tree_flatten(output)
+        rows = _count_rows(output)
+        followed = [_has_rows(leaf, rows) and leaf.is_floating_point() for leaf in leaves]
+        with torch.enable_grad():
+            pairs = list(zip(leaves, followed, strict=True))
+            given = [leaf.detach().requires_grad_() if follow else leaf for leaf, follow in pairs]
+            own = tree_unflatten(given, structure)
+            parts = self.contributions(own, target) if known is None else known.contributions(own, target)
+            if not parts.requires_grad:
+                return None
+            wanted = [leaf for leaf, follow in zip(given, followed, strict=True) if follow]
+            found = torch.autograd.grad(parts.sum(), wanted, allow_unused=True)
+        squares = [each.double().reshape(rows, -1).square().sum(1) for each in found if each is not None]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def _of_copies(self, output: Any, target: Any, copied: Copied) -> Tensor:
+        index, rows = copied.source, copied.rows
+        if self._latest != "contributions":
+            rowed = [*_rowed(output, len(index)), *_rowed(target, rows)]
+            given = tree_map(lambda leaf: leaf[index] if _has_rows(leaf, rows) else leaf, target)
+            values = self._row_values(output, given, rowed)
+            return values / rows if self._latest == "mean" else values
+        # Such a loss may divide by something of the whole batch: copies take the place of their rows in it.
+        found: list[tuple[Tensor, Tensor]] = []
+        clean = _detached(tree_map(widened, copied.clean))
+        for places in _without_repeats(index, rows):
+            filled = tree_map(lambda old, new, places=places: _filled(old, new, index, places, rows), clean, output)
+            found.append((places, as_contributions(self.function(filled, target), rows)[index[places]]))
+        order = torch.cat([places for places, _ in found]).argsort()
+        return torch.cat([values for _, values in found])[order]
 
     def _wants_proof(self, rows: int) -> bool:
         # One row adds up whatever the loss does, so it is no proof.
         return rows > 1 and (len(self._proven) < 2 or (len(set(self._proven)) == 1 and rows != self._proven[0]))
 
-    def _row_values(self, output: Any, target: Any, rows: int) -> Tensor:
-        """(B,): the loss of each row alone, as a batch of one."""
+    def _row_values(self, output: Any, target: Any, rowed: Sequence[bool]) -> Tensor:
+        """(B,): the loss of each row alone, as a batch of one; rowed: which leaves have rows."""
         leaves, structure = tree_flatten((output, target))
-        places = [place for place, leaf in enumerate(leaves) if _has_rows(leaf, rows)]
+        places = [place for place, has_rows in enumerate(rowed) if has_rows]
 
         def one_row(*values: Tensor) -> Tensor:
             filled = list(leaves)
@@ -111,7 +156,11 @@ class Loss:
 
     def _find_type(self, output: Any, target: Any, rows: int) -> str:
         batches = [
-            (some_rows, self.function(some_output, some_target), self._row_values(some_output, some_target, some_rows))
+            (
+                some_rows,
+                self.function(some_output, some_target),
+                self._row_values(some_output, some_target, _rowed((some_output, some_target), some_rows)),
+            )
             for some_output, some_target, some_rows in _variants(output, target, rows)
         ]
         # Only the batch as it is must be finite: its variants may leave the loss's domain.
@@ -175,8 +224,25 @@ def _count_rows(output: Any) -> int:
     return rows
 
 
+def _without_repeats(index: Tensor, rows: int) -> Iterator[Tensor]:
+    """Places of the index, in groups none of which names a row twice."""
+    order = index.argsort(stable=True)
+    counts = torch.bincount(index, minlength=rows)
+    nth = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[index[order]]
+    for number in range(int(counts.max())):
+        yield order[nth == number]
+
+
+def _filled(old: Any, new: Any, index: Tensor, places: Tensor, rows: int) -> Any:
+    return old.index_put((index[places],), new[places].to(old.dtype)) if _has_rows(old, rows) else old
+
+
 def _has_rows(leaf: Any, rows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows
+
+
+def _rowed(tree: Any, rows: int) -> list[bool]:
+    return [_has_rows(leaf, rows) for leaf in tree_leaves(tree)]
 
 
 def _detached(tree: Any) -> Any:

@@ -88,9 +88,11 @@ def analysed(
         raise
     program = Program(model, captured.graph, captured.constants, opaque=captured.opaque)
     first, second, batches = examples(model, args, kwargs, captured.guards)
+    entries = sorted(plan, key=lambda entry: not entry.cuts)
     with preserved(model), trial_run(), torch.enable_grad():
         annotate = Annotate(first, second, batches)
-        program, history = run([Normalise(), annotate, Unpack(), *plan, Cover(), Partition()], program)
+        program, history = run([Normalise(), annotate, Unpack(), *entries, Cover(), Partition()], program)
+    captured.guards.add(program.conditions)
     log.info(
         "captured by %s in %.2f s: %d nodes, %d segments, %d regions",
         captured.front_end,

@@ -13,6 +13,7 @@ from rewriter.passes.checkpoint import Checkpoint
 from rewriter.passes.deferred import Deferred
 from rewriter.passes.highway import Highway
 from rewriter.passes.horizon import Horizon
+from rewriter.passes.ulr_cut import UlrCut
 from rewriter.runtime.errors import RewriteError
 
 ENTRIES: dict[str, type[Entry]] = {
@@ -21,6 +22,7 @@ ENTRIES: dict[str, type[Entry]] = {
     "Deferred": Deferred,
     "Highway": Highway,
     "Horizon": Horizon,
+    "UlrCut": UlrCut,
 }
 
 _LARGEST = 1 << 20  # bytes of a plan file; a plan is a page, not a data set

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rewriter.runtime.errors import RewriteError
+from rewriter.runtime.objective import Copied
 
 _MODULES: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     nn.L1Loss: (F.l1_loss, ()),
@@ -41,23 +42,35 @@ class TorchLoss:
     function: Callable[..., Tensor]
     options: dict[str, Any]
 
-    def contributions(self, output: Tensor, target: Any) -> Tensor:
+    def contributions(self, output: Tensor, target: Any, copied: Copied | None = None) -> Tensor:
         """The entries of reduction="none", summed inside each row and divided as the reduction divides.
 
-        output: rows in dim 0. Returns (B,), float32 or wider, adding up to the reduced loss; with reduction="none"
-        the (B,) or (B, T) entries themselves.
+        output: rows in dim 0; copied: which rows of the batch, whose target and divisor count. Returns (B,), float32
+        or wider, adding up to the reduced loss; with reduction="none" the (B,) or (B, T) entries themselves.
         Raises RewriteError where the entries are not those of the output's rows (no row dimension, a target that
         broadcasts over the output).
         """
         options = {name: value for name, value in self.options.items() if name != "reduction"}
         output, target, options = tree_map(widened, (output, target, options))
-        entries = self.function(output, target, reduction="none", **options)
+        given, own = (target, options) if copied is None else tree_map(_like(output, copied), (target, options))
+        entries = self.function(output, given, reduction="none", **own)
         self._check_rows(output, entries)
         reduction = self.options.get("reduction", "mean")
         if reduction == "none":
             return as_contributions(entries, len(output))
         per_row = entries.flatten(1).sum(1) if entries.ndim > 1 else entries
-        return per_row if reduction == "sum" else per_row / self._divisor(reduction, output, target, entries, options)
+        if reduction == "sum":
+            return per_row
+        whole = output if copied is None else widened(copied.clean)
+        return per_row / self._divisor(reduction, whole, target, entries, options)
+
+    def of_logits(self, output: Tensor) -> tuple["TorchLoss", Tensor]:
+        """The same loss of what the output is the logarithm or the sigmoid of, where it takes one of these."""
+        if self.function is F.nll_loss:
+            return TorchLoss(F.cross_entropy, self.options), output  # logarithms of probabilities are logits, too
+        if self.function is F.binary_cross_entropy:
+            return TorchLoss(F.binary_cross_entropy_with_logits, self.options), torch.logit(output, 1e-6)
+        return self, output
 
     def _check_rows(self, output: Tensor, entries: Tensor) -> None:
         if self.function in _PER_CLASS:
@@ -80,7 +93,7 @@ class TorchLoss:
             return len(output)
         by_index = self.function is F.nll_loss or (self.function is F.cross_entropy and target.shape != output.shape)
         if not by_index:
-            return entries.numel()
+            return entries[0].numel() * len(output)
         kept: Tensor = target != options.get("ignore_index", _IGNORE_INDEX)
         weight: Tensor | None = options.get("weight")
         return kept.sum() if weight is None else (weight[target.where(kept, 0)] * kept).sum()
@@ -107,6 +120,17 @@ def _from_module(module: nn.Module) -> TorchLoss | None:
         return None
     function, names = _MODULES[type(module)]
     return TorchLoss(function, {name: getattr(module, name) for name in ("reduction", *names)})
+
+
+def _like(output: Tensor, copied: Copied) -> Callable[[Any], Any]:
+    """What a target or an option is for the copied rows; one that has no rows is the same for all."""
+
+    def taken(value: Any) -> Any:
+        has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == copied.rows
+        per_class = has_rows and value.ndim < min(2, output.ndim) and value.is_floating_point()
+        return value[copied.source] if has_rows and not per_class else value
+
+    return taken
 
 
 def as_contributions(entries: Tensor, rows: int) -> Tensor:

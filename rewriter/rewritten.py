@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.utils._pytree import tree_leaves
 
 from rewriter.passes.base import Step
 from rewriter.passes.partition import readable
 from rewriter.runtime.errors import RewriteError
 from rewriter.runtime.estimators.quality import Quality
 from rewriter.runtime.ledger import Ledger
-from rewriter.runtime.objective import Objective
+from rewriter.runtime.objective import Copied, Objective
 from rewriter.runtime.region import Clock
 
 from .loss import Loss
@@ -104,7 +105,20 @@ class Rewritten(nn.Module):
         loss = self.loss
         if loss is None or (target is None and loss.takes_target) or not any(entry.ahead for entry in self.plan):
             return None
-        return Objective(lambda outputs: loss(variant.captured.rebuild(outputs), target), tensors)
+        own, rebuild = loss, variant.captured.rebuild
+
+        def rows(outputs: Sequence[torch.Tensor], copied: Copied | None) -> torch.Tensor:
+            if copied is not None:
+                copied = copied._replace(clean=rebuild(copied.clean))
+            found: torch.Tensor = own.contributions(rebuild(outputs), target, copied)
+            return found
+
+        def doubts(outputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
+            found: torch.Tensor | None = own.doubts(rebuild(outputs), target)
+            return found
+
+        read = [leaf for leaf in tree_leaves(target) if isinstance(leaf, torch.Tensor)]
+        return Objective(lambda outputs: own(rebuild(outputs), target), tensors, rows, doubts, read)
 
     def _emitted_forward(self, *args: Any, **kwargs: Any) -> Any:
         variant, tensors = self._variant(args, kwargs)
@@ -269,13 +283,13 @@ class Rewritten(nn.Module):
         # Rules hold evaluators and emitted code; their state waits for the next capture instead.
         learnt = state["_modules"]["rewriter"].get_extra_state()
         state["_modules"] = {name: module for name, module in state["_modules"].items() if name != "rewriter"}
-        state.update(_learnt=learnt, _heads=self._rules.heads, _clock=None, _rules=None)
+        state.update(_learnt=learnt, _heads=self._rules.heads, _noise=self._rules.noise, _clock=None, _rules=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        learnt, heads = state.pop("_learnt"), state.pop("_heads")
+        learnt, heads, noise = (state.pop(name) for name in ("_learnt", "_heads", "_noise"))
         self.__dict__.update(state)
-        clock, rules = Clock(0), Rules(heads)
+        clock, rules = Clock(0), Rules(heads, noise)
         own = Learnt(clock, rules)
         own.set_extra_state(learnt)
         self.__dict__.update(_clock=clock, _rules=rules)

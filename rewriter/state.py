@@ -14,6 +14,7 @@ from rewriter.runtime.heads import AuxiliaryHeads
 from rewriter.runtime.horizon import HorizonRule
 from rewriter.runtime.region import Clock
 from rewriter.runtime.rule import Rule
+from rewriter.runtime.ulr_cut import UlrCutRule
 
 _VERSION = 2
 
@@ -21,29 +22,37 @@ _VERSION = 2
 class Rules(dict[str, Rule]):
     """The rules that run, by region name. A rule made after its state was loaded gets that state as it is added.
 
-    heads: what rules learn as parameters, by region; a copied or unpickled step has them before the rules.
+    heads, noise: what rules learn as parameters, by region; a copied or unpickled step has them before the rules.
     """
 
-    def __init__(self, heads: nn.ModuleDict | None = None) -> None:
+    def __init__(self, heads: nn.ModuleDict | None = None, noise: nn.ModuleDict | None = None) -> None:
         super().__init__()
         self.waiting: dict[str, dict[str, Any]] = {}
         self.heads = nn.ModuleDict() if heads is None else heads
+        self.noise = nn.ModuleDict() if noise is None else noise
 
     def __setitem__(self, name: str, rule: Rule) -> None:
         super().__setitem__(name, rule)
         if isinstance(rule, HorizonRule) and isinstance(rule.heads, AuxiliaryHeads):
-            spelled = name.replace(".", "_")
-            known = dict(self.heads.items()).get(spelled)
-            if isinstance(known, nn.ModuleList):
-                rule.heads.modules = known
-            else:
-                self.heads[spelled] = rule.heads.modules
+            rule.heads.modules = _kept(self.heads, name, rule.heads.modules)
+        if isinstance(rule, UlrCutRule) and rule.noise is not None:
+            rule.noise = _kept(self.noise, name, rule.noise)
         if name in self.waiting:
             rule.set_state(self.waiting.pop(name))
 
 
+def _kept(learnt: nn.ModuleDict, region: str, made: nn.ModuleList) -> nn.ModuleList:
+    """What a region had learnt before its rule was made; what was made with it where there is none."""
+    spelled = region.replace(".", "_")
+    known = dict(learnt.items()).get(spelled)
+    if isinstance(known, nn.ModuleList):
+        return known
+    learnt[spelled] = made
+    return made
+
+
 class Learnt(nn.Module):
-    """Counters and running statistics of the rules, as one extra state, and the heads they train.
+    """Counters and running statistics of the rules, as one extra state, and the heads and noise they train.
 
     It is a byte tensor holding JSON, so it passes through every checkpoint format that takes tensors, is read without
     executing anything, and restores floats exactly. Loading a checkpoint without it leaves the present state alone.
@@ -51,7 +60,7 @@ class Learnt(nn.Module):
 
     def __init__(self, clock: Clock, rules: Rules) -> None:
         super().__init__()
-        self.clock, self.rules, self.heads = clock, rules, rules.heads
+        self.clock, self.rules, self.heads, self.noise = clock, rules, rules.heads, rules.noise
 
     def get_extra_state(self) -> Tensor:
         states = {**self.rules.waiting, **{name: rule.get_state() for name, rule in self.rules.items()}}

@@ -13,6 +13,7 @@ class Counts:
     capture: rows the box evaluated while the model was captured and proven, apart from all that follows;
     calls: calls of the box; forward, probes, step_size, quality, check: queries (rows evaluated by the box) by purpose;
     failed: queries among them that came back non-finite, of probes of a whole batch all its rows;
+    stages: of what follows the cuts of a chain, rows times the stages they ran through;
     forwards: extra forwards of differentiable parts; vjps
     """
 
@@ -24,6 +25,7 @@ class Counts:
     quality: int = 0
     check: int = 0
     failed: int = 0
+    stages: int = 0
     forwards: int = 0
     vjps: int = 0
 
@@ -33,7 +35,7 @@ class Counts:
         return sum(getattr(self, purpose) for purpose in _PURPOSES)
 
 
-_COLUMNS = ("capture", "calls", "queries", *_PURPOSES, "failed", "forwards", "vjps")
+_COLUMNS = ("capture", "calls", "queries", *_PURPOSES, "failed", "stages", "forwards", "vjps")
 
 
 class Ledger:

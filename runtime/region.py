@@ -45,7 +45,9 @@ class Region:
 
     `region(*inputs)` returns the region's outputs (a single one unwrapped): those of the rule's at the positions
     `returned`, or all. `trainable` yields the parameters that the region reads and that require gradients, by name at
-    each call. Without any differentiable input or in no-grad mode the rule runs forward alone and keeps nothing.
+    each call. supplies: None, or the positions of the inputs whose gradients it supplies where nothing follows its
+    outputs and the loss reaches it through an anchor (`Objective`). Without any differentiable input or in no-grad mode
+    the rule runs forward alone and keeps nothing.
     Raises RewriteError inside `torch.func` transforms, on differentiating twice through the region, and on a second
     backward without `retain_graph=True`.
     """
@@ -57,8 +59,10 @@ class Region:
         clock: Clock,
         trainable: Callable[[], tuple[Tensor, ...]] = tuple,
         returned: tuple[int, ...] | None = None,
+        supplies: frozenset[int] | None = None,
     ) -> None:
         self.name, self.rule, self.clock, self.trainable, self.returned = name, rule, clock, trainable, returned
+        self.supplies = supplies
 
     def __call__(self, *inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
@@ -69,6 +73,8 @@ class Region:
                 remedy="call the module outside the transform, or transform `step.model` instead",
             )
         trained = self.trainable()
+        if self.supplies is not None:
+            inputs = tuple([v if place in self.supplies else _alias(v) for place, v in enumerate(inputs)])
         needed = tuple([isinstance(value, Tensor) and value.requires_grad for value in (*inputs, *trained)])
         call = Call(
             self.name,
@@ -85,6 +91,8 @@ class Region:
                 outputs = self.rule.forward(
                     call._replace(needed=(False,) * len(needed)), tuple(map(_alias, inputs)), trained
                 ).outputs
+        if self.supplies is not None and self.clock.objective is not None:
+            self.clock.objective.anchors += outputs
         if self.returned is not None:
             outputs = tuple([outputs[position] for position in self.returned])
         return outputs[0] if len(outputs) == 1 else outputs

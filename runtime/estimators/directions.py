@@ -68,7 +68,7 @@ def _frame(key: Key, rows: int, count: int, width: int, first_row: int, dtype: n
     """Incomplete frames: `count` orthogonal directions, the span of each row Haar-distributed."""
     gaussian = normal(key, rows, count * width, first_row).astype(dtype, copy=False).reshape(rows, count, width)
     if count > 1:
-        return _reflections(gaussian)
+        return haar_frames(gaussian)
     length = np.einsum("nkd,nkd->nk", gaussian, gaussian)
     length *= length.dtype.type(1 / width)
     np.sqrt(length, out=length)
@@ -77,7 +77,7 @@ def _frame(key: Key, rows: int, count: int, width: int, first_row: int, dtype: n
 
 
 @full_precision
-def _reflections(gaussian: Array) -> Array:
+def haar_frames(gaussian: Array) -> Array:
     """(rows, count, width) Gaussian numbers -> the first `count` columns of a Haar rotation in each row.
 
     A product of Householder reflections of Gaussian vectors of falling length (Stewart 1980) in its compact form

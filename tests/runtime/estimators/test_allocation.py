@@ -92,6 +92,51 @@ def test_every_row_stays_unbiased(directions, difference):
     )
 
 
+def rows_of_a_classifier(generator):
+    """Outputs of a box, a linear head behind it, the cotangents of a cross-entropy at both, and 1 - p_y."""
+    box = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+    head = 3 * torch.randn(WIDTH, 10, generator=generator, dtype=torch.float64)
+    logits = box.tanh() @ head
+    target = torch.where(torch.rand(ROWS, generator=generator) < 0.8, logits.argmax(1), torch.arange(ROWS) % 10)
+    loss = torch.nn.functional.cross_entropy(logits, target)
+    at_logits, at_box = torch.autograd.grad(loss, (logits, box))
+    doubt = 1 - logits.detach().softmax(1).gather(1, target[:, None])[:, 0]
+    return at_logits.norm(dim=1).numpy(), at_box.norm(dim=1).numpy(), doubt.numpy()
+
+
+def test_the_cotangents_norm_is_what_doubt_stands_for():
+    """Of logits, |p - y| lies between sqrt(C / (C - 1)) and sqrt(2) times 1 - p_y; in front of a head it knows more.
+
+    Where all rows of a box stretch cotangents alike, the norm is Neyman's rule itself.
+    """
+    at_logits, at_box, doubt = rows_of_a_classifier(torch.Generator().manual_seed(0))
+    ratio = at_logits * ROWS / doubt
+    assert ratio.min() >= (10 / 9) ** 0.5 - 1e-9
+    assert ratio.max() <= 2**0.5 + 1e-9
+
+    def error(norms, by, width):
+        counts = neyman_counts(by, 3, width)
+        return float(norms**2 @ (width / counts - 1))
+
+    equal = np.ones(ROWS)
+    assert error(at_logits, doubt, 10) == pytest.approx(error(at_logits, at_logits, 10), rel=0.05)
+    assert error(at_logits, doubt, 10) < 0.4 * error(at_logits, equal, 10)
+    assert error(at_box, doubt, WIDTH) > 1.1 * error(at_box, at_box, WIDTH)
+    assert error(at_box, at_box, WIDTH) < 0.4 * error(at_box, equal, WIDTH)
+
+
+def test_what_the_norm_does_not_know_is_the_boxs_own_slope():
+    """Rows that the box stretches by known factors: lengths of gradients would do better, but cost probes."""
+    _, at_box, _ = rows_of_a_classifier(torch.Generator().manual_seed(0))
+    norms = at_box * np.exp(np.random.default_rng(4).standard_normal(ROWS))
+
+    def error(by):
+        return float(norms**2 @ (WIDTH / neyman_counts(by, 3, WIDTH) - 1))
+
+    assert error(norms) < 0.8 * error(at_box)
+    assert error(at_box) < error(np.ones(ROWS))
+
+
 def test_allocation_is_spelled_right():
     with pytest.raises(RewriteError, match="allocation"):
         BlackBoxRule(ArrayBox(np.sin), allocation="neyman")
