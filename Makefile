@@ -3,9 +3,11 @@
 #   CPU=1       onnxruntime instead of onnxruntime-gpu (340 MB), where the project would take the latter
 #   TORCH=...   another torch, for instance TORCH=torch==2.11.0
 #   PYTHON=...  the Python, 3.11 or newer, that makes .venv
+#   JOBS=2      test processes
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 pip := .venv/bin/python -m pip
 choice := $(if $(filter-out 0,$(CPU)),cpu,default) $(TORCH)
 
@@ -14,8 +16,9 @@ choice := $(if $(filter-out 0,$(CPU)),cpu,default) $(TORCH)
 demo: .venv/demo.stamp
 	.venv/bin/rewriter demo
 
+# Each process with one thread: two of them on two cores would otherwise wait for each other.
 test: .venv/test.stamp
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=$(JOBS)
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check

@@ -85,6 +85,11 @@ class Digits:
     def losses(self, z: Tensor, rows: Tensor) -> Tensor:
         return F.cross_entropy(self.tail(z), self.y[rows], reduction="none")
 
+    @torch.no_grad()
+    def doubts(self, z: Tensor, rows: Tensor) -> Tensor:
+        """|p - y|, the loss's gradient in the logits, which allocation="doubt" goes by."""
+        return (self.tail(z).softmax(1) - F.one_hot(self.y[rows], 10)).norm(dim=1)
+
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, values at the cut, losses and their gradients there, of the next batch."""
         rows = torch.randint(0, len(self.y), (ROWS,))
@@ -95,10 +100,10 @@ class Digits:
 
     def step(self) -> list[float]:
         """One step of training; ratios to equal shares there."""
-        _, z, losses, gradient = self.batch()
+        rows, z, losses, gradient = self.batch()
         norms, clean = gradient.norm(dim=1).numpy(), losses.detach().numpy()
         doubt = -np.expm1(-clean)
-        known = (norms, clean, np.sqrt(clean), doubt)
+        known = (norms, clean, np.sqrt(clean), doubt, self.doubts(z, rows).numpy())
         found = [float(clean.mean()), *(relative(norms, copy_counts(each, COPIES)) for each in known)]
         found.append(with_pilot(norms, PILOT, self.generator))
         for name, allocator in self.learned.items():
@@ -133,10 +138,11 @@ class Digits:
             cut, error = CutEstimator(options, 1.0, name), 0.0
             if cut.allocator is not None:
                 cut.allocator.parameters = self.learned[name].parameters
-            settings = cut.settle(value)
+            settings = cut.settle(value, value, [WIDTH])
+            doubts = self.doubts(value, rows) if name == "doubt" else None
             for repeat in range(REPEATS):
                 key = Key(0, repeat, name)
-                estimation = cut.estimation(value, clean, 0, settings, key)
+                estimation = cut.estimation(value, clean, 0, settings, key, doubts)
                 if name == "oracle":
                     batch = Batch(value, clean, 0, settings.sigma)
                     estimation = estimate_by(batch, options, COPIES, key, gradient.norm(dim=1).numpy())
@@ -198,10 +204,10 @@ def main() -> None:
     print("\n".join(made_up()))
     along, through = training()
     learnt = ("running", "Gaussian", "Bernoulli")
-    names = ("best", "loss", "sqrt(loss)", "1 - p_y", "pilot", *learnt)
+    names = ("best", "loss", "sqrt(loss)", "1 - p_y", "doubt", "pilot", *learnt)
     print("\n" + TEXT_2 + "\n" + head("wrong labels, step", "loss", *names, "cosine of a_i / N"))
     print("\n".join(along))
-    print("\n" + TEXT_3 + "\n" + head("wrong labels, step", "best", "1 - p_y", "pilot", *learnt))
+    print("\n" + TEXT_3 + "\n" + head("wrong labels, step", "best", "doubt", "pilot", *learnt))
     print("\n".join(through))
 
 
@@ -214,8 +220,8 @@ towards the mean and give it the part that other rows' pilots suggest.
 """
 TEXT_2 = f"""A classifier of digits, {WIDTH} tanh units at the cut, batches of {ROWS}, Adam 3e-3; means of {AVERAGED}
 batches from that step on and of {SEEDS} seeds, from the exact gradients' lengths. best: in proportion to these, at
-least 2 copies; loss: what FLOPS's mean is linear in. What learns does so from the noisy squares of its own copies. The
-last column is the encoder's gradient, exact, with rows weighted a_i / N for 1 - p_y instead of equally.
+least 2 copies; loss: what FLOPS's mean is linear in; doubt: |p - y|. What learns does so from the noisy squares of its
+own copies. The last column is the encoder's gradient, exact, with rows weighted a_i / N for 1 - p_y instead of equally.
 """
 TEXT_3 = f"""The estimator itself at the same points: squared error of the rows' gradients over that of equal shares,
 {REPEATS} estimates of a batch and of {SEEDS} seeds, sigma 1e-3, {COPIES} copies of a row on average for every way.

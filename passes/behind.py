@@ -17,7 +17,7 @@ from .structure.operations import name_of, writes
 CUT = "cut"  # in the meta of a node: it hands on the value at a cut
 REPLAYED = "replayed"  # in the meta of a node: a dropout's mask, which copies share with the clean pass
 
-_RANDOM = frozenset(
+RANDOM = frozenset(
     (
         *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli"),
         *("multinomial", "normal", "uniform", "exponential", "poisson", "rrelu", "gumbel_softmax"),
@@ -31,7 +31,7 @@ _FLAT = frozenset(
         *("gt", "ge", "lt", "le", "eq", "ne", "argmax", "argmin", "argsort", "one_hot", "searchsorted", "bucketize"),
     )
 )
-_TRAINING = 5  # position of that argument of batch_norm
+TRAINING = 5  # position of that argument of batch_norm
 _EVALUATED = "what follows a cut is evaluated on copies of rows"
 
 
@@ -101,7 +101,7 @@ def _drops(node: fx.Node, program: Program) -> bool:
         module = program.module(str(node.target))
         return isinstance(module, _DropoutNd) and _plain_dropout(module) and module.training and module.p > 0
     name = name_of(node, program.module)
-    return "dropout" in name and name not in _RANDOM and not _off(node)
+    return "dropout" in name and name not in RANDOM and not off(node)
 
 
 def _plain_dropout(module: nn.Module) -> bool:
@@ -211,9 +211,9 @@ def _of_part(part: nn.Module) -> str | None:
 
 
 def _against_call(node: fx.Node, name: str) -> str | None:
-    if name in _RANDOM:
+    if name in RANDOM:
         return f"{name} draws random numbers that cannot be replayed"
-    if "batch_norm" in name and argument(node, _TRAINING, "training") is not False:
+    if "batch_norm" in name and argument(node, TRAINING, "training") is not False:
         return "batch_norm couples rows through the statistics of the batch in training"
     drops = argument(node, 4, "dropout_p") if "scaled_dot_product" in name else 0
     if isinstance(drops, float) and drops > 0:
@@ -221,7 +221,8 @@ def _against_call(node: fx.Node, name: str) -> str | None:
     return None
 
 
-def _off(node: fx.Node) -> bool:
+def off(node: fx.Node) -> bool:
+    """Whether a dropout's own arguments say that it does nothing."""
     return argument(node, 1, "p") == 0 or argument(node, 2, "training", "train") is False
 
 

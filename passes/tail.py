@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -12,20 +11,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from rewriter.runtime.segment import Segment
 
 from .base import Refused
-from .behind import CUT
+from .behind import CUT, RANDOM, TRAINING, argument, off
 from .emit import emit_segment
 from .program import Program, Region, holds_box, is_box_call
 from .regions import outputs_of
 from .structure.operations import name_of, writes
 
-# What else draws is noticed when the tail first runs.
-_RANDOM = frozenset(
-    (
-        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli"),
-        *("multinomial", "normal", "uniform", "exponential", "poisson", "rrelu", "gumbel_softmax"),
-    )
-)
-_TRAINING = 5  # position of that argument of batch_norm, torch's function and its operator alike
 _REMEDY = 'take it out of what follows the blocks, or use head="auxiliary"'
 
 
@@ -114,20 +105,10 @@ def _of_part(part: nn.Module) -> str | None:
 
 
 def _against_call(node: fx.Node, name: str) -> str | None:
-    if "dropout" in name and not _off(node):
+    if "dropout" in name and not off(node):
         return "it draws random numbers in training"
-    if name in _RANDOM:
+    if name in RANDOM:
         return "it draws random numbers"
-    if "batch_norm" in name and _argument(node, _TRAINING, "training") is not False:
+    if "batch_norm" in name and argument(node, TRAINING, "training") is not False:
         return "its statistics would advance with every window"
     return None
-
-
-def _off(node: fx.Node) -> bool:
-    """Whether a dropout's own arguments say that it does nothing."""
-    return _argument(node, 1, "p") == 0 or _argument(node, 2, "training", "train") is False
-
-
-def _argument(node: fx.Node, position: int, *names: str) -> object:
-    named: Iterable[object] = [node.kwargs[name] for name in names if name in node.kwargs]
-    return next(iter(named), node.args[position] if len(node.args) > position else None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rewriter import UlrCut, rewrite
 from rewriter.rewritten import Rewritten
+from rewriter.runtime.ulr_cut import UlrCutRule
 from rewriter.standins import StandIn, standing_in
 
 LENGTH, WIDTH, EMBEDDED, ROWS = 64, 32, 16, 32
@@ -95,7 +96,8 @@ def train(task: Task, method: Method, rate: float, seed: int, training: Shelf, t
     step = rewrite(model, [method.cut] if method.cut else [], loss=F.cross_entropy, example=(example,), seed=seed)
     optimizer = torch.optim.Adam(model.parameters(), rate)
     seconds = 0.0
-    with standing_in(step, step.latest, lambda _, rule: _Zero(rule)) if method.zero else nullcontext():
+    zero = standing_in(step, step.latest, lambda _, rule: _Zero(rule) if isinstance(rule, UlrCutRule) else rule)
+    with zero if method.zero else nullcontext():
         for number in range(task.steps):
             words, book = training.windows(ROWS, LENGTH, task.evidence, generator)
             start = process_time()
