@@ -117,7 +117,7 @@ def _severed(link: Link, found: Sequence[str], program: Program) -> tuple[Progra
 
 def _written(node: fx.Node, program: Program) -> bool:
     """Whether something that follows may write into a value: into it, or into what is no later layer's own result."""
-    after = [node, *reach([node])]
+    after = {node, *reach([node])}
     for each in after:
         if writes(each, program.module) and each.all_input_nodes:
             source = each.all_input_nodes[0]

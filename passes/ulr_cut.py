@@ -76,9 +76,10 @@ class UlrCut(Entry):
 
     Parameters before the cut get the gradient of the loss smoothed over the noise, without bias; those behind it the
     exact one of the clean loss. What lies behind may be a box, frozen, or discontinuous; dropout there keeps the clean
-    pass's masks. The loss given to `rewrite` must have rows. Refuses what couples rows behind the cut (BatchNorm in
-    training), random numbers that cannot be replayed, and trainable parameters whose only way to the loss has no
-    derivative. Source: arXiv 2305.08960 (ULR); 2410.05966 (allocation).
+    pass's masks, and what is detached there is a constant. Copies run in backward: the target, and what lies behind,
+    must not change before. The loss given to `rewrite` must have rows. Refuses what couples rows behind the cut
+    (BatchNorm in training), random numbers that cannot be replayed, and trainable parameters whose only way to the loss
+    has no derivative. Source: arXiv 2305.08960 (ULR); 2410.05966 (allocation).
     """
 
     name: ClassVar[str] = "ulr-cut"
