@@ -17,7 +17,7 @@ from rewriter.runtime.sub_chains import SubChain, SubChains, SubChainsRule
 from .base import Entry, Refused
 from .behind import CUT
 from .checkpoint import runs_once
-from .emit import emit_segment
+from .emit import emit_segment, graph_of
 from .order import together
 from .program import Cost, Program, Region, Value, is_box_call, reach
 from .regions import inputs_of, outputs_of
@@ -145,7 +145,7 @@ def _chains(program: Program, region: Region) -> SubChains:
         writes = [node for node in nodes if node.name in written]
         alike = found.setdefault(_key(program, code, given, writes), [])
         name = f"{region.name} {number}"
-        segment = pieces[alike[0]].segment if alike else emit_segment(name, _code(code, given, writes), program)
+        segment = pieces[alike[0]].segment if alike else emit_segment(name, graph_of(code, given, writes), program)
         alike.append(number)
         pieces.append(SubChain(segment, _names(given), _names(writes)))
     named = {name for piece in pieces for name in (*piece.reads, *piece.writes)}
@@ -157,15 +157,6 @@ def _chains(program: Program, region: Region) -> SubChains:
 
 def _takes_over(node: fx.Node, nodes: Sequence[fx.Node]) -> bool:
     return bool(node.meta.get(CUT)) and node.all_input_nodes[0] not in nodes
-
-
-def _code(nodes: Sequence[fx.Node], given: Sequence[fx.Node], writes: Sequence[fx.Node]) -> fx.Graph:
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(node.name) for node in given}
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple([copies[node] for node in writes]))
-    return graph
 
 
 def _key(program: Program, nodes: Sequence[fx.Node], given: Sequence[fx.Node], writes: Sequence[fx.Node]) -> Any:

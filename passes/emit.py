@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,16 @@ def _partitioned(name: str, graph: fx.Graph, program: Program) -> Segment:
             places.setdefault(path, _place(str(node.target), path, program))
     source, function = _compile(name, flat)
     return Segment(name, source, function, tuple(places.values()))
+
+
+def graph_of(nodes: Sequence[fx.Node], reads: Sequence[fx.Node], writes: Sequence[fx.Node]) -> fx.Graph:
+    """Copies of nodes, in their order, as a function from `reads` to `writes`."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in reads}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple([copies[node] for node in writes]))
+    return graph
 
 
 def emit_segment(name: str, graph: fx.Graph, program: Program) -> Segment:

@@ -12,7 +12,7 @@ from rewriter.runtime.segment import Segment
 from rewriter.runtime.unrolled import Roles
 
 from .base import Entry, Refused
-from .emit import emit_segment
+from .emit import emit_segment, graph_of
 from .order import together
 from .program import Program, Region, Value, reach
 from .regions import inputs_of, outputs_of, regions_at
@@ -144,7 +144,7 @@ def _roles(region: Region, program: Program, calls: list[list[fx.Node]]) -> Unro
             results.append(place)
         outputs.append((results.index(place), number))
     given = {node: position for position, node in enumerate(inputs_of(program, region))}
-    step = _step(calls[1], [own[1] for own in (*stepwise, *states, *shared)], [calls[1][place] for place in results])
+    step = graph_of(calls[1], [own[1] for own in (*stepwise, *states, *shared)], [calls[1][place] for place in results])
     roles = Roles(
         steps=len(calls),
         inputs=tuple(tuple([given[node] for node in own]) for own in stepwise),
@@ -198,15 +198,6 @@ def _other_than_left(region: Region) -> Refused:
         "a call reads something other than what the call before it left",
         "let the cell return all that its next call takes",
     )
-
-
-def _step(call: Sequence[fx.Node], sources: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(node.name) for node in sources}
-    for node in call:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple([copies[node] for node in results]))
-    return graph
 
 
 def emitted(unrolled: Unrolled, region: Region, program: Program) -> Segment:

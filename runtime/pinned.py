@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -29,9 +29,10 @@ class Pinned:
                 )
 
 
-def held_by(segment: Segment) -> Iterator[Tensor]:
-    """The parameters and buffers that code reads."""
-    for place in segment.places:
+def held_by(segments: Iterable[Segment]) -> Iterator[Tensor]:
+    """The parameters and buffers that code reads; what several segments read is asked once."""
+    places = {(id(place.mapping), place.key): place for segment in segments for place in segment.places}
+    for place in places.values():
         value = place.mapping[place.key]
         if isinstance(value, nn.Module):
             yield from value.parameters()

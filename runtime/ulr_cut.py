@@ -99,8 +99,9 @@ class UlrCutRule:
         return Taken((anchor((inputs[self._values[0][0]],), (), ()),), kept, memory)
 
     def _pinned(self, call: Call) -> Pinned:
-        read = () if call.objective is None or True not in call.needed else call.objective.read
-        return Pinned([*read, *(tensor for stage in self.course.stages for tensor in held_by(stage.segment))])
+        if call.objective is None or True not in call.needed:
+            return Pinned(())  # no backward will come
+        return Pinned([*call.objective.read, *held_by(stage.segment for stage in self.course.stages)])
 
     def trainable(self) -> tuple[Tensor, ...]:
         """The learnt standard deviations, cut by cut."""

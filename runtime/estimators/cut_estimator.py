@@ -35,14 +35,14 @@ _LEARNT: dict[str, type[MeanGradient] | type[LinearTail]] = {"last": MeanGradien
 class Settings:
     """What one backward used and a second one through the same forward uses again.
 
-    parameters: of the allocator, where one learns.
-    surrogate, control: of the gradient, (rows, width), as it is and as far as it is used.
+    held: as `NoiseSize.bounded` says, where sigma is learnt; parameters: of the allocator, where one learns; surrogate,
+    control: of the gradient, (rows, width), as it is and as far as it is used.
     """
 
     copies: int
     sigma: float | Tensor
-    held: Tensor | None = None  # learnt ones: as `NoiseSize.bounded` says
-    parameters: Array | None = None  # of the allocator
+    held: Tensor | None = None
+    parameters: Array | None = None
     surrogate: Tensor | None = None
     control: Tensor | None = None
 

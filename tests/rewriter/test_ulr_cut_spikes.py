@@ -1,11 +1,10 @@
 """A spiking network with true threshold spikes trains through a cut, without a surrogate gradient."""
 
 import torch
-import torch.nn.functional as F
-from digits import digits
+from digits import digits, train
 from torch import nn
 
-from rewriter import UlrCut, rewrite
+from rewriter import UlrCut
 
 
 class Spiking(nn.Module):
@@ -26,21 +25,12 @@ class Spiking(nn.Module):
 
 
 def accuracy(plan, epochs):
+    """Also how far the weights before the spikes moved, relative to where they started."""
     torch.manual_seed(0)
-    (x, y), (unseen, truth) = digits()
-    model = Spiking()
-    step = rewrite(model, plan, loss=F.cross_entropy, example=(x[:50],))
-    before = model.current.weight.detach().clone()
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(50):
-            loss = step(x[rows], target=y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        found = float((model(unseen).argmax(1) == truth).float().mean())
-        return found, float((model.current.weight - before).norm() / before.norm()), step
+    before = Spiking().current.weight.detach()
+    found, step = train(Spiking, plan, epochs, 5e-3)
+    after = step.model.current.weight.detach()
+    return found, float((after - before).norm() / before.norm()), step
 
 
 def test_digits_through_true_spikes():
